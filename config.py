@@ -1,0 +1,50 @@
+"""The one frozen record of what a run was asked to do."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every flag, resolved: defaults that hang on the data set or the scheme are filled in.
+
+    None means: not given, or (see `main.py`) not read by the chosen scheme.
+    """
+
+    # Network
+    model_name: str = "resnet50"
+    weights: str = "auto"  # auto, imagenet, none, or a path
+    input_size: int = 32  # pixels; images are square
+    num_classes: int | None = None  # checks the data, never sets the class count
+    bn_stats: str = "auto"  # auto, stored, batch
+    dropout: float = 0.2
+    # Data
+    dataset_name: str = "digits"
+    data_dir: str | None = None
+    image_dir: str | None = None
+    protocol: str = "validation"
+    augment: bool = True
+    limit_train: int | None = None  # images
+    limit_test: int | None = None  # images
+    # Selection
+    train_type: str = "act_norm_betti_train"
+    rho: float | None = 0.1
+    interval: int | None = None  # epochs
+    num_betti_batches: int | None = 4
+    layers: str | None = None  # a regular expression, or @FILE
+    exclude_layers: str | None = None  # a regular expression
+    # Training
+    batch_size: int = 32
+    optimizer: str = "sgd"
+    learning_rate: float = 1e-2
+    weight_decay: float = 5e-3
+    global_clipnorm: float = 1.0  # 0 is off
+    num_epochs: int = 10
+    seed: int = 0
+    # Output
+    log_dir: str = "logs"
+    run_name: str | None = None
+    save_model: bool = False
+    save_txt: bool = False
+    select_only: bool = False
+    list_layers: bool = False
+    debug: bool = False

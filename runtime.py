@@ -1,0 +1,69 @@
+"""The process's environment. Every entry point imports this before TensorFlow.
+
+Importing it sets environment variables only (a user's own values win), so it
+costs nothing and works wherever TensorFlow hasn't been imported yet:
+
+* ``TF_CPU_ALLOCATOR_USE_BFC`` gives the CPU the counting allocator that a GPU
+  has; without it the peak memory of a CPU can't be read at all.
+* ``TF_CPP_MIN_LOG_LEVEL`` and ``GRPC_VERBOSITY`` keep the start-up notes of the
+  native libraries out of logs.
+* ``KERAS_BACKEND``: the tracing and memory code here is written for TensorFlow.
+"""
+
+import os
+import sys
+
+_ENVIRONMENT = {
+    "TF_CPU_ALLOCATOR_USE_BFC": "true",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "GRPC_VERBOSITY": "ERROR",
+    "KERAS_BACKEND": "tensorflow",
+}
+
+if "tensorflow" in sys.modules:
+    raise ImportError(
+        "runtime must be imported before tensorflow: the allocator is chosen when TensorFlow loads"
+    )
+for _name, _value in _ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+
+def seed_everything(seed):
+    """Seeds Python, NumPy and Keras, and makes CPU runs repeatable to the last bit.
+
+    On a GPU the kernels' own order of summation stays as it is: determinism
+    there costs much time, and some operations have no deterministic kernel.
+
+    Args:
+        seed: int. Seed of initial weights, dropout, and everything else that
+            draws from Keras's global generator.
+    """
+    import keras
+    import tensorflow as tf
+
+    keras.utils.set_random_seed(seed)
+    if not tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.enable_op_determinism()
+
+
+def device():
+    """Returns the name of the device that the framework computes on, e.g. ``CPU:0``."""
+    import tensorflow as tf
+
+    return "GPU:0" if tf.config.list_physical_devices("GPU") else "CPU:0"
+
+
+def device_facts():
+    """Returns a dict with the device's name and the thread counts, for config.json."""
+    import tensorflow as tf
+
+    facts = {
+        "device": device(),
+        "cpu_count": os.cpu_count(),
+        "intra_op_threads": tf.config.threading.get_intra_op_parallelism_threads(),
+        "inter_op_threads": tf.config.threading.get_inter_op_parallelism_threads(),
+    }
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus:
+        facts["device_name"] = tf.config.experimental.get_device_details(gpus[0]).get("device_name")
+    return facts
