@@ -67,3 +67,28 @@ def device_facts():
     if gpus:
         facts["device_name"] = tf.config.experimental.get_device_details(gpus[0]).get("device_name")
     return facts
+
+
+def load_tensorflow():
+    """Imports TensorFlow and finds the devices, without the native libraries' start-up notes.
+
+    Those notes are written before any setting for them is read, straight to the
+    process's standard error: the only place to stop them. A failure is raised
+    as the exception that it is.
+    """
+    import absl.logging
+
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        import tensorflow as tf
+
+        tf.config.list_physical_devices()
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    tf.get_logger().setLevel("ERROR")

@@ -1,0 +1,179 @@
+"""Fine-tunes a pretrained network by training only the layers with the richest topology.
+
+    python main.py --model_name resnet50 --train_type act_norm_betti_train --rho 0.1
+
+loads the backbone and the data set (by default digits that ship with
+scikit-learn), counts the H1 bars of every layer's activations in forward
+passes alone, trains the best tenth of the layers, and writes a folder under
+logs/ with the ranking, the metrics of each epoch, and a summary of accuracy,
+time and peak memory. README.md has the other flags, and what to expect.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import signal
+import sys
+import time
+import traceback
+
+import runtime
+import report
+import run_folder
+from errors import RunError, UsageError
+from flags import parse
+from selection import SCHEMES
+
+log = logging.getLogger("adabet")
+
+
+def main(argv=None):
+    """Runs the command line.
+
+    Args:
+        argv: list of str. Arguments without the program's name; None takes the
+            process's own.
+
+    Returns:
+        int. The exit code: 0 done; 1 failed while running; 2 wrong use or bad
+        input; 130 or 143 after SIGINT or SIGTERM.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    early_log = run_folder.set_up_logging()
+    try:
+        with _sigterm_raises():
+            cfg = parse(argv)
+            return list_layers(cfg) if cfg.list_layers else run(cfg, early_log)
+    except SystemExit as stop:  # argparse: --help, or a wrong flag that it has explained
+        return stop.code
+    except UsageError as error:
+        return _fail(2, error, argv)
+    except RunError as error:
+        return _fail(1, error, argv)
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted by SIGINT", argv)
+    except Terminated:
+        return _fail(143, "interrupted by SIGTERM", argv)
+    except Exception as error:  # what nobody foresaw is one line too; --debug has the traceback
+        return _fail(1, f"{type(error).__name__}: {error}", argv)
+
+
+def run(cfg, early_log):
+    """Selects, fine-tunes and reports.
+
+    Args:
+        cfg: Config.
+        early_log: logging.Handler that keeps the log until there is a log.txt.
+
+    Returns:
+        int. The exit code.
+    """
+    run_folder.check_place(cfg)
+    runtime.load_tensorflow()
+    import data
+    import models
+    import train
+    from memory_utils import measured_peak
+
+    # All that can be wrong with the input comes to light before there is a run folder.
+    runtime.seed_everything(cfg.seed)
+    images = data.load(cfg)
+    network = models.build(cfg, images.num_classes)
+    scheme = SCHEMES[cfg.train_type]
+    scheme.check(network, cfg, images.split_sizes["train"])
+
+    folder = run_folder.RunFolder(cfg, early_log)
+    folder.write_json("config.json", report.config_record(cfg, images, network, folder))
+    log.info("Run folder: %s", folder.path)
+    _announce(cfg, images, network)
+
+    result, selection, selection_s, peak = train.Result(), None, None, None
+    try:
+        start = time.perf_counter()
+        with measured_peak() as peak:
+            selection = scheme.select(network, images.selection_batches, cfg)
+        selection_s = time.perf_counter() - start
+        folder.write_json("selection.json", report.selection_record(cfg, selection))
+        if cfg.select_only:
+            print(report.ranking_table(selection))
+            return 0
+        _announce_selection(network, selection, selection_s)
+        train.fine_tune(network, selection, images, cfg, folder, result)
+        if cfg.save_model and result.status == "done":
+            folder.save_model(network.model)
+    except (KeyboardInterrupt, Terminated):
+        result.status = "interrupted"
+        raise
+    except BaseException:
+        result.status = "failed"
+        raise
+    finally:
+        if not cfg.select_only:
+            summary = report.summary_record(cfg, network, selection, selection_s, peak, result)
+            folder.write_json("summary.json", summary)
+    if result.status == "diverged":
+        raise RunError(result.advice)
+    if cfg.save_txt:
+        folder.write_txt(summary)
+    print(report.console_block(summary))
+    return 0
+
+
+def list_layers(cfg):
+    """Prints the candidate layers' paths, one a line, in forward order; needs neither data nor weights."""
+    runtime.load_tensorflow()
+    import models
+
+    network = models.build(dataclasses.replace(cfg, weights="none"), cfg.num_classes or 2)
+    print("\n".join(candidate.path for candidate in network.candidates))
+    return 0
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+@contextlib.contextmanager
+def _sigterm_raises():
+    def terminate(signum, frame):
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not the main thread: whoever runs us there handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _fail(code, error, argv):
+    if "--debug" in argv:
+        traceback.print_exc()
+    log.error("%s", " ".join(str(error).split()))
+    return code
+
+
+def _announce(cfg, images, network):
+    sizes = ", ".join(f"{size} {split}" for split, size in images.split_sizes.items() if size)
+    log.info("Network: %s, %d candidate layers, %d classes", cfg.model_name, len(network.candidates), images.num_classes)
+    log.info("Data: %s, images: %s; protocol %s", images.version, sizes, cfg.protocol)
+    if network.bn_stats:
+        log.info("Batch normalisation runs on %s statistics", {"stored": "its stored", "batch": "each batch's"}[network.bn_stats])
+    log.info("Device: %s", runtime.device())
+
+
+def _announce_selection(network, selection, selection_s):
+    facts = report.trained_facts(network, selection)
+    log.info(
+        "Trains %d of %d layers%s, %d of %d weights, from %s on; chosen in %.1f s",
+        facts["num_trained_layers"], facts["num_layers"],
+        " (the head beyond the budget)" if selection.head_added else "", facts["num_trained_weights"],
+        facts["num_weights"], facts["earliest_trained_layer"], selection_s,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

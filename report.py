@@ -1,0 +1,147 @@
+"""What a run says of itself: the records of its folder, and what the console shows.
+
+Pure functions from results to dicts and text; writing is run_folder.py's.
+"""
+
+import math
+import statistics
+from dataclasses import asdict
+
+from memory_utils import peak_rss_bytes
+from run_folder import fingerprint, library_versions
+from runtime import device_facts
+
+
+def config_record(cfg, images, network, folder):
+    """Returns the content of config.json: what was asked for, resolved, and on what it ran.
+
+    Args:
+        cfg: Config.
+        images: data.pipeline.Data.
+        network: models.Network.
+        folder: run_folder.RunFolder.
+    """
+    decisive = {
+        "versions": library_versions(),
+        "dataset_version": images.version,
+        "weights_provenance": network.weights,
+    }
+    return {
+        **asdict(cfg),
+        "run_name": folder.name,
+        "num_classes": images.num_classes,
+        "bn_stats": network.bn_stats,
+        "fingerprint": fingerprint(cfg, decisive),
+        **decisive,
+        **device_facts(),
+        "split_sizes": images.split_sizes,
+        "class_names": images.class_names,
+    }
+
+
+def selection_record(cfg, selection):
+    """Returns the content of selection.json. It has no times, so that equal runs give equal bytes."""
+    return {
+        "scheme": cfg.train_type,
+        "rho": cfg.rho,
+        "num_layers": len(selection.layers),
+        "budget": selection.budget,
+        "selected": list(selection.selected),
+        "head_added": selection.head_added,
+        "trained_weights": list(selection.trained_weights),
+        "stability": selection.stability,
+        "layers": selection.layers,
+    }
+
+
+def trained_facts(network, selection):
+    """Returns how much of the network trains: the summary's four counts and its earliest trained layer."""
+    trained = set(selection.trained_weights)
+    layers = [c.path for c in network.candidates if any(w.path in trained for w in c.weights)]
+    return {
+        "num_trained_layers": len(layers),
+        "num_trained_weights": sum(math.prod(w.shape) for w in network.trainable_weights if w.path in trained),
+        "num_weights": sum(math.prod(w.shape) for w in network.trainable_weights),
+        "num_layers": len(network.candidates),
+        "earliest_trained_layer": layers[0] if layers else None,
+    }
+
+
+def summary_record(cfg, network, selection, selection_s, selection_peak, result):
+    """Returns the content of summary.json; what was never reached is None.
+
+    Args:
+        cfg: Config.
+        network: models.Network.
+        selection: selection.Selection, or None where the run ended before it.
+        selection_s: float or None. Seconds of the selection.
+        selection_peak: memory_utils.Peak or None. The allocator's peak over it.
+        result: train.Result.
+    """
+    seconds = [row["seconds"] for row in result.epochs]
+    unknown = dict.fromkeys(
+        ("num_trained_layers", "num_trained_weights", "num_weights", "num_layers", "earliest_trained_layer")
+    )
+    return {
+        "status": result.status,
+        "model_name": cfg.model_name,
+        "dataset_name": cfg.dataset_name,
+        "train_type": cfg.train_type,
+        "rho": cfg.rho,
+        "seed": cfg.seed,
+        "protocol": cfg.protocol,
+        "weights": network.weights["source"],
+        "accuracy": result.accuracy,
+        "val_accuracy": result.val_accuracy,
+        "epochs": len(result.epochs),
+        "best_epoch": result.best_epoch,
+        "selection_s": selection_s,
+        "compile_s": result.compile_s,
+        "train_s": sum(seconds) if seconds else None,
+        "epoch_s": statistics.median(seconds) if seconds else None,
+        "eval_s": result.eval_s if seconds else None,
+        "peak_memory_bytes_measured": result.peak_bytes,
+        "selection_peak_memory_bytes": selection_peak.bytes if selection_peak else None,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "memory_device": result.device,
+        "peak_memory_bytes_estimated": None,
+        "memory_mb_published_convention": None,
+        **(trained_facts(network, selection) if selection else unknown),
+    }
+
+
+def console_block(summary):
+    """Returns the block that users' scripts parse, from a summary record."""
+    lines = [
+        ("Training Type", summary["train_type"]),
+        ("Accuracy (%)", _number(summary["accuracy"], 2)),
+        ("Time (h)", _number(summary["train_s"], 6, 3600)),
+        ("Time per epoch (s)", _number(summary["epoch_s"], 3)),
+        ("Selection Time (s)", _number(summary["selection_s"], 3)),
+        ("Memory (MB)", _number(summary["peak_memory_bytes_measured"], 1, 10**6)),
+        ("rho", summary["rho"]),
+    ]
+    rule = "=" * 50
+    return "\n".join([rule, *(f"{name}: {value}" for name, value in lines), rule])
+
+
+def ranking_table(selection):
+    """Returns the layers as a table, best first where they were ranked, else in forward order."""
+    rows = sorted(selection.layers, key=lambda row: row["rank"] or math.inf)
+    path_width = max(len(row["path"]) for row in rows)
+    lines = [f"{'rank':>4}  {'layer':<{path_width}}  {'b1':>7}  {'activation':>10}  {'weights':>9}  {'score':>10}  trains"]
+    for row in rows:
+        lines.append(
+            f"{_or_dash(row['rank']):>4}  {row['path']:<{path_width}}  {_number(row['betti_1'], 2):>7}  "
+            f"{row['activation_size']:>10}  {row['num_weights']:>9}  "
+            f"{'-' if row['score'] is None else format(row['score'], '.3e'):>10}  {'yes' if row['selected'] else ''}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def _number(value, digits, unit=1):
+    return "-" if value is None else f"{value / unit:.{digits}f}"
+
+
+def _or_dash(value):
+    return "-" if value is None else value

@@ -1,0 +1,75 @@
+"""First Betti numbers of point clouds: NumPy in, numbers out, no framework.
+
+Convention: b1 of a cloud is the number of H1 bars of its Vietoris-Rips
+persistence over all scales, Euclidean distances, coefficients in Z/2, every bar
+with death > birth, no threshold (arXiv 2510.03101).
+"""
+
+import numpy as np
+
+COEFFICIENT_FIELD = 2  # gudhi's own default is 11, ripser's is 2; torsion makes them differ
+MIN_POINTS = 4  # no Vietoris-Rips complex on fewer points has a loop
+
+
+def betti_1(distances):
+    """Returns the first Betti number of one point cloud.
+
+    Args:
+        distances: array of shape (n, n), any real dtype. The distances between
+            its points: finite, symmetric, zero on the diagonal, not negative.
+
+    Raises:
+        ValueError: the matrix breaks one of these rules.
+    """
+    return betti_1_of_each([distances])[0]
+
+
+def betti_1_of_each(matrices, num_threads=1):
+    """Returns the first Betti number of each distance matrix.
+
+    Args:
+        matrices: list of arrays of shape (n, n), see `betti_1`.
+        num_threads: int. Clouds worked on at the same time; gudhi releases the
+            interpreter while it works.
+
+    Returns:
+        list of int, one a matrix.
+    """
+    # It takes a second to import, and only runs that rank by topology need it.
+    from gudhi.sklearn.rips_persistence import RipsPersistence
+
+    rips = RipsPersistence(
+        homology_dimensions=1,
+        input_type="full distance matrix",
+        homology_coeff_field=COEFFICIENT_FIELD,
+        n_jobs=num_threads,
+    )
+    diagrams = rips.fit_transform([_ranks(matrix) for matrix in matrices])
+    return [int(np.count_nonzero(bars[:, 1] > bars[:, 0])) for bars in diagrams]
+
+
+def _ranks(distances):
+    """Returns `distances` with each value replaced by its rank among the distinct values.
+
+    The complex changes at the distances' values in their order, so their ranks
+    give the same bars; but small integers are exact in any engine's floats, at
+    any scale of the cloud. Values that float32 can't tell apart share a rank:
+    activations are float32, so what differs by less is rounding, and ties (an
+    image that is in the batch twice) have to stay ties.
+    """
+    distances = np.asarray(distances, dtype=np.float64)
+    if distances.ndim != 2 or distances.shape[0] != distances.shape[1]:
+        raise ValueError(f"distances must be a square matrix. Received: shape {distances.shape}")
+    # gudhi answers NaN with an empty diagram and negative values with a crash.
+    if not np.isfinite(distances).all():
+        raise ValueError("distances must be finite. Received: NaN or infinite values")
+    if (distances < 0).any() or np.diagonal(distances).any():
+        raise ValueError("distances must not be negative, and zero on the diagonal")
+    if not np.array_equal(distances, distances.T):
+        raise ValueError("distances must be symmetric")
+    # A power of two changes no digit, and keeps tiny and huge clouds inside
+    # float32's range.
+    _, exponent = np.frexp(distances.max(initial=0.0))
+    rounded = np.ldexp(distances, -exponent).astype(np.float32)
+    _, ranks = np.unique(rounded, return_inverse=True)
+    return ranks.reshape(rounded.shape).astype(np.float64)

@@ -1,0 +1,85 @@
+"""Schemes that need no ranking: what trains is known before the data are."""
+
+import json
+from pathlib import Path
+
+from errors import UsageError
+from selection.ranking import eligible_paths, matching, select_layers
+
+
+def everything(network, batches, cfg):
+    """Trains all weights, those of no candidate layer (class token, position embedding) too."""
+    eligible = set(eligible_paths(network, cfg))
+    in_candidates = {w.path for c in network.candidates for w in c.weights}
+    return select_layers(
+        network, eligible, other_weights=[w.path for w in network.trainable_weights if w.path not in in_candidates]
+    )
+
+
+def head_only(network, batches, cfg):
+    """Trains the classification head, the new last layer."""
+    return select_layers(network, {network.head.path})
+
+
+def listed(network, batches, cfg):
+    """Trains the layers that `--layers` names, and the head."""
+    return select_layers(network, _listed_paths(network, cfg))
+
+
+def check_nothing(network, cfg, num_images):
+    """There is nothing to refuse."""
+
+
+def check_eligible(network, cfg, num_images):
+    """Refuses an `--exclude_layers` that fits no layer."""
+    eligible_paths(network, cfg)
+
+
+def check_listed(network, cfg, num_images):
+    """Refuses a `--layers` that names no layer, or one that isn't there.
+
+    Raises:
+        UsageError: see there.
+    """
+    _listed_paths(network, cfg)
+
+
+def _listed_paths(network, cfg):
+    eligible = eligible_paths(network, cfg)
+    if cfg.layers is None:
+        raise UsageError(
+            "listed_layers trains the layers that --layers names. Received: no --layers; give a regular "
+            "expression or @FILE."
+        )
+    if not cfg.layers.startswith("@"):
+        return matching(eligible, cfg.layers, "--layers")
+    named = _read_list(cfg.layers[1:])
+    unknown = [path for path in named if path not in eligible]
+    if unknown or not named:
+        shown = ", ".join(repr(path) for path in unknown[:3]) + (" ..." if len(unknown) > 3 else "")
+        raise UsageError(
+            f"the layers in a --layers file must be candidates of this network. Received: "
+            f"{f'{len(unknown)} others ({shown})' if unknown else 'an empty list'} in {cfg.layers[1:]}; "
+            "--list_layers prints the candidates."
+        )
+    return set(named)
+
+
+def _read_list(path):
+    """Reads layer paths from a selection.json, or from a text with one a line."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--layers @FILE takes a readable text file. Received: {path} ({error}).") from error
+    if not text.lstrip().startswith("{"):
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        selected = json.loads(text)["selected"]
+    except (ValueError, KeyError) as error:
+        raise UsageError(
+            f"--layers @FILE takes a selection.json with a list `selected`, or paths, one a line. "
+            f"Received: {path} ({error!r})."
+        ) from error
+    if not isinstance(selected, list) or not all(isinstance(entry, str) for entry in selected):
+        raise UsageError(f"`selected` in a selection.json is a list of layer paths. Received: {path} with another value.")
+    return selected

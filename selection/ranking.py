@@ -1,0 +1,171 @@
+"""From a score per layer to the weights that train: one budget, one ranking, one record."""
+
+import itertools
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from errors import UsageError
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which weights train, and why.
+
+    Attributes:
+        trained_weights: tuple of str. Paths of the weights that train, the
+            head's among them, in forward order.
+        selected: tuple of str. Paths of the chosen layers, in forward order.
+        head_added: bool. The head trains although it wasn't chosen.
+        budget: int or None. Layers that the ranking may choose.
+        layers: list of dict. One row a candidate, for selection.json.
+        stability: float or None. Mean Kendall tau between the rankings by
+            single batches.
+    """
+
+    trained_weights: tuple
+    selected: tuple
+    head_added: bool
+    budget: int | None
+    layers: list
+    stability: float | None = None
+
+
+def layer_budget(rho, num_layers):
+    """Returns how many of `num_layers` layers the share `rho` allows: floor, at least one.
+
+    The tiny addend undoes binary rounding: 0.29 * 100 is 28.999999999999996.
+    """
+    return max(1, math.floor(rho * num_layers + 1e-9))
+
+
+def rank(scores, eligible):
+    """Ranks layers by score, highest first; ties go to the layer nearer the output.
+
+    Args:
+        scores: sequence of float, one a layer, in forward order.
+        eligible: sequence of bool. Layers that take part.
+
+    Returns:
+        list of int or None. The rank of each layer from 1; None where it takes no part.
+    """
+    order = sorted((i for i, takes_part in enumerate(eligible) if takes_part), key=lambda i: (-scores[i], -i))
+    ranks = [None] * len(scores)
+    for position, i in enumerate(order, 1):
+        ranks[i] = position
+    return ranks
+
+
+def kendall_stability(scores_per_batch):
+    """Returns the mean Kendall tau-b between the rankings by single batches.
+
+    Args:
+        scores_per_batch: array of shape (batches, layers).
+
+    Returns:
+        float, or None for fewer than two batches or constant scores.
+    """
+    from scipy.stats import kendalltau
+
+    taus = [kendalltau(a, b).statistic for a, b in itertools.combinations(scores_per_batch, 2)]
+    if not taus or not np.isfinite(taus).all():
+        return None
+    return float(np.mean(taus))
+
+
+def matching(paths, pattern, flag):
+    """Returns the set of layer paths in which the regular expression `pattern` is found.
+
+    Raises:
+        UsageError: the pattern is no regular expression, or is found nowhere.
+    """
+    try:
+        found = {path for path in paths if re.search(pattern, path)}
+    except re.error as error:
+        raise UsageError(f"{flag} takes a regular expression. Received: {pattern!r} ({error}).") from error
+    if not found:
+        raise UsageError(
+            f"{flag} must match at least one layer path. Received: {pattern!r}, found in none of "
+            f"{len(paths)}; --list_layers prints them."
+        )
+    return found
+
+
+def eligible_paths(network, cfg):
+    """Returns the paths of the candidates that `--exclude_layers` leaves, in forward order.
+
+    Raises:
+        UsageError: the expression matches nothing, or leaves nothing.
+    """
+    paths = [candidate.path for candidate in network.candidates]
+    if cfg.exclude_layers is None:
+        return paths
+    excluded = matching(paths, cfg.exclude_layers, "--exclude_layers")
+    left = [path for path in paths if path not in excluded]
+    if not left:
+        raise UsageError(
+            f"--exclude_layers must leave a layer to train. Received: {cfg.exclude_layers!r}, "
+            f"which matches all {len(paths)}."
+        )
+    return left
+
+
+def select_top(network, cfg, scores, columns=(), stability=None):
+    """Returns the Selection of the best-scored layers that the budget `cfg.rho` allows.
+
+    Args:
+        network: models.Network.
+        cfg: Config.
+        scores: sequence of float, one a candidate.
+        columns: sequence of dict. What else the report says of each candidate.
+        stability: see `Selection`.
+    """
+    eligible = set(eligible_paths(network, cfg))
+    ranks = rank(scores, [candidate.path in eligible for candidate in network.candidates])
+    budget = layer_budget(cfg.rho, len(network.candidates))
+    chosen = {c.path for c, place in zip(network.candidates, ranks) if place is not None and place <= budget}
+    return _selection(network, chosen, scores, ranks, columns, budget, stability)
+
+
+def select_layers(network, chosen, other_weights=()):
+    """Returns the Selection of the named layers, without a ranking.
+
+    Args:
+        network: models.Network.
+        chosen: set of layer paths.
+        other_weights: paths of weights of no candidate that train as well.
+    """
+    unranked = [None] * len(network.candidates)
+    return _selection(network, chosen, unranked, unranked, other_weights=other_weights)
+
+
+def _selection(network, chosen, scores, ranks, columns=(), budget=None, stability=None, other_weights=()):
+    trained = chosen | {network.head.path}
+    weights = {w.path for c in network.candidates if c.path in trained for w in c.weights}
+    weights.update(other_weights)
+    return Selection(
+        trained_weights=tuple(w.path for w in network.trainable_weights if w.path in weights),
+        selected=tuple(c.path for c in network.candidates if c.path in chosen),
+        head_added=network.head.path not in chosen,
+        budget=budget,
+        layers=[
+            {
+                "path": c.path,
+                "type": c.type,
+                "activation_size": c.activation_size,
+                "num_weights": c.num_weights,
+                "betti_1": None,
+                "betti_1_per_batch": None,
+                **column,
+                "score": score,
+                "rank": place,
+                "selected": c.path in chosen,
+            }
+            for c, column, score, place in zip(
+                network.candidates, columns or [{}] * len(network.candidates), scores, ranks
+            )
+        ],
+        stability=stability,
+    )

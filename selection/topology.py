@@ -1,0 +1,94 @@
+"""AdaBet: layers ranked by the first Betti number of their activations (arXiv 2510.03101).
+
+Three schemes share the counting and differ in what a count is divided by.
+"""
+
+import logging
+
+import numpy as np
+from tqdm import tqdm
+
+from errors import RunError, UsageError
+from selection.betti import MIN_POINTS, betti_1_of_each
+from selection.distances import num_workers
+from selection.ranking import eligible_paths, kendall_stability, select_top
+
+log = logging.getLogger("adabet")
+
+
+def by_activation_size(network, batches, cfg):
+    """Scores a layer b1 / (B * d): B images a batch, d elements of activation an image."""
+    return _select(network, batches, cfg, lambda candidate, points: points * candidate.activation_size)
+
+
+def by_count(network, batches, cfg):
+    """Scores a layer b1."""
+    return _select(network, batches, cfg, lambda candidate, points: 1)
+
+
+def by_num_weights(network, batches, cfg):
+    """Scores a layer b1 / (elements of its trainable weights)."""
+    return _select(network, batches, cfg, lambda candidate, points: candidate.num_weights)
+
+
+def check(network, cfg, num_images):
+    """Refuses what could be no cloud, and an `--exclude_layers` that fits no layer.
+
+    Raises:
+        UsageError: see there.
+    """
+    points = min(cfg.batch_size, num_images)
+    if points < MIN_POINTS:
+        raise UsageError(
+            f"a point cloud needs at least {MIN_POINTS} images to have a loop. Received: {points} "
+            f"(--batch_size {cfg.batch_size}, {num_images} training images); raise --batch_size or choose "
+            "a scheme that doesn't rank by Betti numbers."
+        )
+    eligible_paths(network, cfg)
+
+
+def count_bars(network, images_of_each_batch, num_batches):
+    """Counts the H1 bars of every candidate's cloud on every batch.
+
+    Args:
+        network: models.Network.
+        images_of_each_batch: iterable of float32 images of shape (B, S, S, 3).
+        num_batches: int. How many batches were asked for.
+
+    Returns:
+        counts: int array of shape (batches, candidates).
+        points: int. B, the same for all batches.
+
+    Raises:
+        RunError: an activation is not finite.
+    """
+    # It loads TensorFlow, which --help and a wrong flag need not wait for.
+    from selection.activations import distance_pass
+
+    counts = []
+    with distance_pass(network) as distances:
+        for images in tqdm(images_of_each_batch, "Selection", num_batches, unit="batch", leave=False, disable=None):
+            matrices = distances(images)
+            for candidate, matrix in zip(network.candidates, matrices):
+                if not np.isfinite(matrix).all():
+                    raise RunError(
+                        f"activations must be finite to be ranked. Received: NaN or infinity in the output of "
+                        f"{candidate.path}, batch {len(counts) + 1}; check the weights, or try --bn_stats batch."
+                    )
+            counts.append(betti_1_of_each(matrices, num_workers()))
+    points = int(images.shape[0])
+    if len(counts) < num_batches:
+        log.warning(
+            "The training data hold %d batches of %d images for the selection, not the %d asked for: ranking on these.",
+            len(counts), points, num_batches,
+        )  # fmt: skip
+    return np.array(counts), points
+
+
+def _select(network, batches, cfg, divisor):
+    counts, points = count_bars(
+        network, (images for images, _ in batches(cfg.batch_size, cfg.num_betti_batches)), cfg.num_betti_batches
+    )
+    scores = counts / np.array([divisor(candidate, points) for candidate in network.candidates], np.float64)
+    columns = [{"betti_1": float(column.mean()), "betti_1_per_batch": column.tolist()} for column in counts.T]
+    return select_top(network, cfg, scores.mean(axis=0).tolist(), columns, kendall_stability(scores))

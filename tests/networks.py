@@ -1,0 +1,94 @@
+"""Networks for the tests: small ones, and real ones with sensible statistics."""
+
+import contextlib
+
+import keras
+import numpy as np
+
+import models
+from config import Config
+from models.layers import find_candidates
+
+
+def network_of(model, bn_stats=None):
+    """Wraps any model whose last layer is called head as a `models.Network`."""
+    return models.Network(
+        model=model,
+        head=model.get_layer("head"),
+        weights={"source": "none"},
+        bn_stats=bn_stats,
+        candidates=find_candidates(model),
+        trainable_weights=list(model.trainable_weights),
+    )
+
+
+def tiny_model(batch_norm=True):
+    """A residual network for 16-pixel images: a block, a shortcut, a head of 10 classes."""
+    images = keras.Input((16, 16, 3))
+    x = keras.layers.Rescaling(1 / 127.5, -1)(images)
+    x = keras.layers.Conv2D(8, 3, strides=2, padding="same", name="stem")(x)
+    y = keras.layers.Conv2D(8, 3, padding="same", name="branch")(x)
+    if batch_norm:
+        y = keras.layers.BatchNormalization(name="branch_bn")(y)
+    x = keras.layers.ReLU()(keras.layers.Add()([x, y]))
+    x = keras.layers.Conv2D(12, 3, strides=2, padding="same", name="deep")(x)
+    if batch_norm:
+        x = keras.layers.BatchNormalization(name="deep_bn")(x)
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.ReLU()(x))
+    x = keras.layers.Dropout(0.2)(x)
+    return keras.Model(images, keras.layers.Dense(10, name="head")(x), name="tiny")
+
+
+def backbone_network(model_name, seed=0, bn_stats="stored", input_size=32):
+    """A real backbone with random weights."""
+    keras.utils.set_random_seed(seed)
+    return models.build(Config(model_name=model_name, weights="none", input_size=input_size, bn_stats=bn_stats), 10)
+
+
+def small_vit_network(seed=0):
+    """ViT-B/16's layers in small: two blocks, 32 wide, patches of 8 pixels."""
+    import keras_hub
+
+    keras.utils.set_random_seed(seed)
+    images = keras.Input((32, 32, 3))
+    backbone = keras_hub.models.ViTBackbone(
+        image_shape=(32, 32, 3), patch_size=8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64, name="backbone"
+    )
+    tokens = backbone(keras.layers.Rescaling(1 / 127.5, -1)(images))
+    return network_of(keras.Model(images, keras.layers.Dense(10, name="head")(tokens[:, 0])))
+
+
+@contextlib.contextmanager
+def _momentum_zero(layers):
+    before = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    yield
+    for layer, momentum in zip(layers, before):
+        layer.momentum = momentum
+
+
+def calibrate(network, images):
+    """Sets the moving statistics to those of `images`.
+
+    Without that, the activations of random weights shrink or grow from layer to
+    layer until rounding decides over their order.
+    """
+    norms = [layer for layer in network.model.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    calls = [vars(layer).pop("call", None) for layer in norms]  # the policy for stored statistics, if set
+    with _momentum_zero(norms):
+        network.model(images, training=True)
+    for layer, call in zip(norms, calls):
+        if call is not None:
+            object.__setattr__(layer, "call", call)
+
+
+def digits_images(num_images, size, seed=0):
+    """Real digits, RGB 0..255 float32 of shape (num_images, size, size, 3), and their labels."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    chosen = np.random.default_rng(seed).permutation(len(images))[:num_images]
+    grey = images[chosen].reshape(-1, 8, 8, 1) * (255 / 16)
+    rgb = keras.ops.image.resize(np.repeat(grey, 3, axis=-1).astype("float32"), (size, size))
+    return np.asarray(rgb), labels[chosen]

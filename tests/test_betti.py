@@ -1,0 +1,131 @@
+"""Betti numbers against known answers, against ripser, and under moves that change nothing."""
+
+import numpy as np
+import pytest
+from ripser import ripser
+from scipy.spatial.distance import pdist, squareform
+
+from selection.betti import betti_1, betti_1_of_each
+from selection.distances import pairwise_distances
+
+SQUARE = np.array([[0.0, 0], [1, 0], [1, 1], [0, 1]])
+
+
+def circle(n, radius=1.0, centre=(0.0, 0.0)):
+    angle = 2 * np.pi * np.arange(n) / n
+    return np.stack([np.cos(angle), np.sin(angle)], axis=1) * radius + np.asarray(centre)
+
+
+def distances_of(points):
+    return squareform(pdist(points))
+
+
+KNOWN = {
+    "square: one loop": (SQUARE, 1),
+    "triangle: filled as it closes": (circle(3), 0),
+    "circle of 12: one loop": (circle(12), 1),
+    "two circles far apart: two loops": (np.concatenate([circle(12), circle(12, centre=(50, 0))]), 2),
+    "line: no loop": (np.stack([np.arange(9.0) ** 1.5, np.zeros(9)], axis=1), 0),
+    "one point": (np.zeros((1, 2)), 0),
+    "two points": (np.eye(2), 0),
+    "all points equal": (np.ones((8, 3)), 0),
+    "two clusters of equal points": (np.repeat(np.eye(2), 5, axis=0), 0),
+    "square with every corner twice": (np.repeat(SQUARE, 2, axis=0), 1),
+    "octahedron's corners: a sphere has no loop": (np.concatenate([np.eye(3), -np.eye(3)]), 0),
+}
+
+
+@pytest.mark.parametrize("points, loops", KNOWN.values(), ids=KNOWN.keys())
+def test_known_answers(points, loops):
+    assert betti_1(distances_of(points)) == loops
+
+
+def test_every_short_bar_counts():
+    # Two squares, one ten thousand times smaller: no threshold on a bar's length.
+    points = np.concatenate([SQUARE, 1e-4 * SQUARE + 100])
+    assert betti_1(distances_of(points)) == 2
+
+
+@pytest.mark.parametrize("dimension", [2, 3, 50])
+def test_equals_ripser_on_random_clouds(dimension):
+    rng = np.random.default_rng(dimension)
+    clouds = [rng.normal(size=(32, dimension)) for _ in range(20)]
+    expected = []
+    for cloud in clouds:
+        bars = ripser(distances_of(cloud), maxdim=1, distance_matrix=True, coeff=2)["dgms"][1]
+        expected.append(int((bars[:, 1] > bars[:, 0]).sum()))
+    assert betti_1_of_each([distances_of(cloud) for cloud in clouds], num_threads=2) == expected
+    assert sum(expected) > 0
+
+
+def test_coefficients_are_z2():
+    # Six points whose complex, at middle scale, is the real projective plane:
+    # over Z/2 it has a loop that bounds twice itself, over Z/11 none.
+    triangles = [(0, 1, 4), (0, 1, 5), (0, 2, 3), (0, 2, 5), (0, 3, 4), (1, 2, 3), (1, 2, 4), (1, 3, 5), (2, 4, 5), (3, 4, 5)]
+    # Barycentric subdivision, so that the complex is a flag complex: its
+    # vertices are the faces, an edge joins a face and one that contains it.
+    faces = {face for t in triangles for face in [t, *[(v,) for v in t], t[:2], t[1:], (t[0], t[2])]}
+    faces = sorted(faces, key=lambda face: (len(face), face))
+    assert len(faces) == 31
+    distances = np.array([[1.0 if set(a) < set(b) or set(b) < set(a) else 2.0 for b in faces] for a in faces])
+    np.fill_diagonal(distances, 0)
+    assert betti_1(distances) == 1
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-5, 1.0, 1e25])
+def test_scale_permutation_and_translation_change_nothing(scale):
+    rng = np.random.default_rng(5)
+    points = rng.normal(size=(24, 4))
+    expected = betti_1(distances_of(points))
+    assert expected > 0
+    assert betti_1(distances_of(points) * scale) == expected
+    assert betti_1(distances_of(rng.permutation(points) + 7.0)) == expected
+
+
+@pytest.mark.parametrize(
+    "matrix, rule",
+    [
+        (np.zeros((2, 3)), "square"),
+        (np.array([[0, np.nan], [np.nan, 0]]), "finite"),
+        (np.array([[0, -1.0], [-1.0, 0]]), "negative"),
+        (np.array([[1.0, 1.0], [1.0, 0]]), "diagonal"),
+        (np.array([[0, 1.0], [2.0, 0]]), "symmetric"),
+    ],
+)
+def test_what_is_no_distance_matrix_is_refused(matrix, rule):
+    with pytest.raises(ValueError, match=rule):
+        betti_1(matrix)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (32, 10), (32, 40_000), (7, 100_001)])
+@pytest.mark.parametrize("num_parts", [1, 3])
+def test_distances_equal_scipys(shape, num_parts):
+    cloud = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    expected = distances_of(cloud.astype(np.float64))
+    np.testing.assert_allclose(pairwise_distances(cloud, num_parts=num_parts), expected, rtol=1e-11)
+
+
+def test_distances_keep_their_digits_far_from_the_origin_and_in_tight_clusters():
+    rng = np.random.default_rng(2)
+    far = (1e4 + 1e-3 * rng.normal(size=(16, 500))).astype(np.float32)
+    # Two clusters at distance 1 whose inner distances are a millionth of that.
+    tight = rng.normal(size=(16, 500)).astype(np.float32) * 1e-6
+    tight[8:, 0] += 1
+    for cloud in (far, tight):
+        expected = distances_of(cloud.astype(np.float64))
+        np.testing.assert_allclose(pairwise_distances(cloud), expected, rtol=1e-9)
+
+
+def test_a_point_that_is_there_twice_has_distance_zero():
+    cloud = np.random.default_rng(3).normal(size=(10, 3000)).astype(np.float32)
+    cloud[7] = cloud[2]
+    distances = pairwise_distances(cloud)
+    assert distances[2, 7] == distances[7, 2] == 0
+    np.testing.assert_array_equal(distances[2], distances[7])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_shows(value):
+    cloud = np.ones((5, 6000), np.float32)
+    cloud[3, 5999] = value
+    assert not np.isfinite(pairwise_distances(cloud)).all()

@@ -1,0 +1,299 @@
+"""One fine-tuning loop for every scheme, on Model.fit.
+
+Read from top to bottom: the result, the optimizer, freezing, the loop, and the
+callbacks that time it and keep its best epoch. Which weights train was decided
+before; nothing here looks at a scheme's name.
+"""
+
+import logging
+import math
+import statistics
+import sys
+import time
+import zlib
+from dataclasses import dataclass, field
+
+import keras
+from tqdm import tqdm
+
+from errors import RunError
+from memory_utils import measured_training_step
+
+log = logging.getLogger("adabet")
+
+
+@dataclass
+class Result:
+    """What a fine-tuning came to. Fields that were never reached stay None.
+
+    Attributes:
+        status: str. done, diverged, or, as long as it runs, interrupted.
+        accuracy: float. Percent on the test split, by the protocol.
+        val_accuracy: float. Percent on the validation split, at the best epoch.
+        epochs: list of dict. One row a finished epoch, as in metrics.csv.
+        best_epoch: int. From 1.
+        compile_s: float. Seconds of first steps beyond a median step.
+        eval_s: float. Seconds of evaluation, all epochs and the last test.
+        peak_bytes: int. The allocator's peak over a training step.
+        device: str. Where that was measured.
+    """
+
+    status: str = "interrupted"
+    accuracy: float | None = None
+    val_accuracy: float | None = None
+    epochs: list = field(default_factory=list)
+    best_epoch: int | None = None
+    compile_s: float | None = None
+    eval_s: float = 0.0
+    peak_bytes: int | None = None
+    device: str | None = None
+    advice: str | None = None
+
+
+def make_optimizer(cfg, total_steps):
+    """Returns the optimizer: cosine decay to 0, decoupled weight decay, clipped gradients."""
+    schedule = keras.optimizers.schedules.CosineDecay(cfg.learning_rate, decay_steps=total_steps)
+    common = {
+        "learning_rate": schedule,
+        "weight_decay": cfg.weight_decay or None,
+        "global_clipnorm": cfg.global_clipnorm or None,
+    }
+    return OPTIMIZERS[cfg.optimizer](common)
+
+
+OPTIMIZERS = {
+    "sgd": lambda common: keras.optimizers.SGD(momentum=0.9, **common),
+    "adam": lambda common: keras.optimizers.Adam(**common),
+}
+
+
+def freeze(network, trained_weights):
+    """Lets exactly the weights with these paths train.
+
+    The switch is each weight's own, not its layer's: a layer that is not
+    trainable would also change how its batch normalisation runs.
+
+    Args:
+        network: models.Network.
+        trained_weights: collection of str, weight paths.
+
+    Raises:
+        RunError: a path belongs to no weight.
+    """
+    wanted = set(trained_weights)
+    unknown = wanted - {weight.path for weight in network.trainable_weights}
+    if unknown:
+        raise RunError(f"every selected weight must be in the network. Received: {sorted(unknown)[:3]}")
+    for weight in network.trainable_weights:
+        weight.trainable = weight.path in wanted
+    training = {weight.path for weight in network.model.trainable_variables}
+    if training != wanted:
+        raise RunError(f"the trained weights must be the selected ones; they differ in {sorted(training ^ wanted)[:3]}")
+
+
+def changing_variables(network):
+    """Returns the variables that a training step may change: all but the frozen weights."""
+    frozen = {id(weight) for weight in network.trainable_weights if not weight.trainable}
+    return [variable for variable in network.model.variables if id(variable) not in frozen]
+
+
+def checksums(network):
+    """Returns {path: CRC-32 of the value} for all of the network's weights and statistics."""
+    return {weight.path: zlib.crc32(weight.numpy().tobytes()) for weight in network.model.weights}
+
+
+def check_what_moved(network, trained_weights, before):
+    """Compares the weights with their checksums from before the training.
+
+    Args:
+        network: models.Network.
+        trained_weights: collection of str. Paths of the weights that should move.
+        before: dict, from `checksums`.
+
+    Raises:
+        RunError: a weight moved that should have stayed as it was.
+    """
+    after = checksums(network)
+    moved = {path for path in before if after[path] != before[path]}
+    may_move = set(trained_weights)
+    if network.bn_stats == "batch":
+        may_move |= {w.path for w in network.model.non_trainable_weights} - {w.path for w in network.trainable_weights}
+    if moved - may_move:
+        raise RunError(f"frozen weights must not move, but these did: {sorted(moved - may_move)[:3]}")
+    still = set(trained_weights) - moved
+    if still:
+        log.warning("%d of %d selected weights never moved, %s among them.", len(still), len(trained_weights), min(still))
+
+
+def fine_tune(network, selection, data, cfg, folder, result):
+    """Trains the selected weights and measures what it took.
+
+    Args:
+        network: models.Network.
+        selection: selection.Selection.
+        data: data.Data.
+        cfg: Config.
+        folder: run_folder.RunFolder. Takes metrics.csv and TensorBoard's events.
+        result: Result. Filled in as the training goes on, so that an
+            interrupted one can still be reported.
+    """
+    model = network.model
+    freeze(network, selection.trained_weights)
+    total_steps = cfg.num_epochs * data.steps_per_epoch
+    model.compile(
+        optimizer=make_optimizer(cfg, total_steps),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        # XLA made a CPU step several times slower, and its first step minutes long.
+        jit_compile=False,
+    )
+    before = checksums(network)
+
+    images, labels = next(iter(data.train_batches(0, 1)))
+    peak, first_step_s = measured_training_step(model, images, labels, changing_variables(network))
+    result.peak_bytes, result.device = peak.bytes, peak.device
+    del images, labels
+
+    held_out, prefix = (data.validation_batches(), "val") if cfg.protocol == "validation" else (data.test_batches(), "test")
+    clock = EpochClock(result, cfg, prefix, data.steps_per_epoch, folder)
+    best = BestEpoch(changing_variables(network))
+    model.fit(
+        data.train_batches(0, cfg.num_epochs),
+        epochs=cfg.num_epochs,
+        steps_per_epoch=data.steps_per_epoch,
+        validation_data=held_out,
+        verbose=0,
+        shuffle=False,  # the data are shuffled already, and Keras warns of doing both
+        callbacks=[StopWhenDiverged(result), clock, best, ProgressBar(),
+                   keras.callbacks.TensorBoard(folder.path / "tensorboard", write_graph=False)],
+    )
+    step_s = statistics.median(clock.step_s)
+    result.compile_s = max(0.0, first_step_s - step_s) + max(0.0, clock.step_s[0] - step_s)
+    check_what_moved(network, selection.trained_weights, before)
+    if result.status == "diverged":
+        return
+
+    best.restore()
+    result.best_epoch = best.epoch
+    if cfg.protocol == "validation":
+        result.val_accuracy = 100 * best.accuracy
+        start = time.perf_counter()
+        result.accuracy = 100 * model.evaluate(data.test_batches(), verbose=0, return_dict=True)["accuracy"]
+        result.eval_s += time.perf_counter() - start
+    else:
+        result.accuracy = 100 * best.accuracy
+    result.status = "done"
+
+
+class EpochClock(keras.callbacks.Callback):
+    """Times steps, epochs and evaluations apart, and writes an epoch's row the moment it ends."""
+
+    def __init__(self, result, cfg, prefix, steps_per_epoch, folder):
+        super().__init__()
+        self.result, self.cfg, self.prefix, self.folder = result, cfg, prefix, folder
+        self.steps_per_epoch = steps_per_epoch
+        self.step_s = []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch_start = time.perf_counter()
+        self.evaluation_s = 0.0
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.step_start = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.step_s.append(time.perf_counter() - self.step_start)
+
+    def on_test_begin(self, logs=None):
+        self.test_start = time.perf_counter()
+
+    def on_test_end(self, logs=None):
+        self.evaluation_s = time.perf_counter() - self.test_start
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.result.status == "diverged":
+            return
+        seconds = time.perf_counter() - self.epoch_start - self.evaluation_s
+        self.result.eval_s += self.evaluation_s
+        row = {
+            "epoch": epoch + 1,
+            "train_loss": logs["loss"],
+            "train_accuracy": logs["accuracy"],
+            f"{self.prefix}_loss": logs["val_loss"],
+            f"{self.prefix}_accuracy": logs["val_accuracy"],
+            "seconds": seconds,
+            "learning_rate": float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)),
+        }
+        self.result.epochs.append(row)
+        self.folder.write_metrics(self.result.epochs)
+        log.info(
+            "Epoch %d/%d: loss %.4f, accuracy %.2f %%, %s loss %.4f, %s accuracy %.2f %%, %.1f s",
+            epoch + 1, self.cfg.num_epochs, logs["loss"], 100 * logs["accuracy"], self.prefix, logs["val_loss"],
+            self.prefix, 100 * logs["val_accuracy"], seconds,
+        )  # fmt: skip
+
+
+class BestEpoch(keras.callbacks.Callback):
+    """Keeps what training has changed, as it stood after the best epoch, in host memory.
+
+    Best is the highest held-out accuracy; ties go to the lower held-out loss,
+    then to the earlier epoch.
+    """
+
+    def __init__(self, variables):
+        super().__init__()
+        self.variables = variables
+        self.best = (-math.inf, -math.inf)
+        self.epoch = None
+
+    @property
+    def accuracy(self):
+        return self.best[0]
+
+    def on_epoch_end(self, epoch, logs=None):
+        this = (logs["val_accuracy"], -logs["val_loss"])
+        if this > self.best:
+            self.best, self.epoch = this, epoch + 1
+            self.values = [variable.numpy() for variable in self.variables]
+
+    def restore(self):
+        for variable, value in zip(self.variables, self.values):
+            variable.assign(value)
+
+
+class StopWhenDiverged(keras.callbacks.Callback):
+    """Stops at the first step whose mean loss so far is no number."""
+
+    def __init__(self, result):
+        super().__init__()
+        self.result = result
+
+    def on_train_batch_end(self, batch, logs=None):
+        if not math.isfinite(logs["loss"]):
+            self.result.status = "diverged"
+            self.result.advice = (
+                f"the loss must stay finite. Received: {logs['loss']} in epoch {self.epoch}, step {batch + 1}; "
+                "try a lower --learning_rate, or --global_clipnorm 1."
+            )
+            self.model.stop_training = True
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch + 1
+
+
+class ProgressBar(keras.callbacks.Callback):
+    """A bar of the epoch's steps on stderr, where that is a terminal."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        total = self.params["steps"]
+        self.bar = tqdm(total=total, desc=f"Epoch {epoch + 1}/{self.params['epochs']}", unit="step", leave=False,
+                        disable=not sys.stderr.isatty())  # fmt: skip
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.bar.update()
+
+    def on_test_begin(self, logs=None):
+        self.bar.close()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.bar.close()
