@@ -1,0 +1,190 @@
+"""Data sets: the table of those we know, and `load`, which makes any of them ready to train on.
+
+Importing this package is quick: TensorFlow and TFDS are imported by the
+modules that need them, when `load` is called.
+"""
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from errors import UsageError
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One row of the table: what depends on the data set.
+
+    Attributes:
+        help: str. One line for `--help`.
+        tfds: str or None. Pinned TFDS `name:version`; None for a folder of images.
+        input_size: int. Default side of the square input, in pixels.
+        num_epochs: int. Default number of training epochs.
+        train, validation, test: str. Names of the splits; a name that the set
+            doesn't have is a split that it doesn't have.
+        flip: bool. Whether training mirrors images at random.
+        rotation: float. Training turns an image by up to this fraction of a full
+            turn, either way.
+        needs: tuple of (module, package) pairs that TFDS needs to prepare this set
+            and doesn't install itself.
+    """
+
+    help: str
+    tfds: str | None = None
+    input_size: int = 224
+    num_epochs: int = 40
+    train: str = "train"
+    validation: str = "validation"
+    test: str = "test"
+    flip: bool = True
+    rotation: float = 0.2
+    needs: tuple = ()
+
+
+DATASETS = {
+    # A mirrored digit is no digit, and a 6 turned far enough is a 9: no flip,
+    # and a turn of at most 18 degrees.
+    "digits": Dataset(
+        "1,797 handwritten digits, 10 classes, 8x8 grey; ships with scikit-learn, no download",
+        "digits:1.0.0",
+        input_size=32,
+        num_epochs=10,
+        flip=False,
+        rotation=0.05,
+    ),
+    "caltech_birds2011": Dataset(
+        "11,788 photos of birds, 200 species (1.2 GB)",
+        "caltech_birds2011:0.2.0",
+        needs=(("cv2", "opencv-python-headless"), ("scipy", "scipy")),
+    ),
+    "oxford_iiit_pet": Dataset(
+        "7,349 photos of cats and dogs, 37 breeds (0.8 GB)",
+        "oxford_iiit_pet:4.0.0",
+    ),
+    "stanford_dogs": Dataset(
+        "20,580 photos of dogs, 120 breeds (0.8 GB)",
+        "stanford_dogs:0.2.0",
+        needs=(("scipy", "scipy"),),
+    ),
+    "flowers102": Dataset(
+        "8,189 photos of flowers, 102 kinds (0.3 GB)",
+        "oxford_flowers102:2.1.1",
+        needs=(("scipy", "scipy"),),
+    ),
+    "image_folder": Dataset("your own images, in the folder that --image_dir names"),
+}
+
+_OTHER = Dataset("any other TFDS set with an image and a label")
+
+# name, name/config, name:version, name/config:version. Namespaces
+# (huggingface:NAME) are left out: they run code from elsewhere.
+_TFDS_NAME = re.compile(r"(?P<base>[A-Za-z]\w*)(?P<rest>(/[\w.+-]+)?(:[\d.*]+)?)")
+
+
+def dataset_row(name):
+    """Returns the `Dataset` row of a data set's name.
+
+    Args:
+        name: str. A name of the table, or a TFDS name, also with `/config` or
+            `:version`. A TFDS name that the table pins has the table's row; any other
+            has the row of a photo set.
+    """
+    base = re.split("[/:]", name)[0]
+    by_tfds_name = {row.tfds.split(":")[0]: row for row in DATASETS.values() if row.tfds}
+    return DATASETS.get(base) or by_tfds_name.get(base, _OTHER)
+
+
+def tfds_name(name):
+    """Returns the name that TFDS knows a data set by, pinned where the table pins it.
+
+    Args:
+        name: str. As `--dataset_name` takes it, but not `image_folder`.
+
+    Raises:
+        UsageError: `name` is no possible TFDS name.
+    """
+    match = _TFDS_NAME.fullmatch(name)
+    if not match or match["base"] == "image_folder":  # which has neither config nor version
+        raise unknown_name(name)
+    pinned = dataset_row(name).tfds
+    if pinned is None:
+        return name
+    # A config or version of the user's own wins over the pinned version.
+    return pinned.split(":")[0] + match["rest"] if match["rest"] else pinned
+
+
+def unknown_name(name, more_names=()):
+    """Returns the UsageError for a data set that isn't there, with the closest names.
+
+    Args:
+        name: str. As received.
+        more_names: iterable of str. Names to suggest beside those of the table.
+    """
+    base = re.split("[/:]", name)[0].lower()
+    # "pets" and "flowers" are far from the full names by spelling: look for the word, too.
+    within = [known for known in DATASETS if len(base) > 2 and base.rstrip("s") in known]
+    spelt = difflib.get_close_matches(base, [*DATASETS, *more_names], n=4)
+    close = list(dict.fromkeys([*within, *spelt]))
+    hint = f"did you mean {' or '.join(close)}?" if close else "correct the name."
+    return UsageError(
+        f"--dataset_name must be one of {', '.join(DATASETS)}, or a TFDS name. "
+        f"Received: {name!r}; {hint}"
+    )
+
+
+def prepare(cfg):
+    """Makes the data set of `cfg` ready to be read: downloads and prepares it where needed.
+
+    Args:
+        cfg: Config. Reads `dataset_name`, `data_dir`, `image_dir`, `num_classes`.
+
+    Returns:
+        `data.source.Source`, from which the pipelines read.
+
+    Raises:
+        UsageError: wrong name, flags, or folder; class count that contradicts the data.
+        RunError: the data can't be had.
+    """
+    _check_flags(cfg)
+    if cfg.dataset_name == "image_folder":
+        from data import folder_source as module
+    else:
+        from data import tfds_source as module
+    return module.open_source(cfg)
+
+
+def load(cfg):
+    """Returns the `data.pipeline.Data` of `cfg`: splits, classes and batches.
+
+    Args:
+        cfg: Config. Reads `dataset_name`, `data_dir`, `image_dir`, `num_classes`,
+            `protocol`, `limit_train`, `limit_test`, `input_size`, `batch_size`,
+            `augment` and `seed`.
+
+    Raises:
+        UsageError: wrong name, flags, or folder; class count that contradicts the data.
+        RunError: the data can't be had.
+    """
+    source = prepare(cfg)
+    from data import pipeline
+
+    return pipeline.make(source, dataset_row(cfg.dataset_name), cfg)
+
+
+def _check_flags(cfg):
+    if cfg.dataset_name == "image_folder" and not cfg.image_dir:
+        raise UsageError(
+            "--dataset_name image_folder needs a folder of images. Received no --image_dir; "
+            "add --image_dir FOLDER."
+        )
+    if cfg.dataset_name != "image_folder" and cfg.image_dir:
+        raise UsageError(
+            f"--image_dir goes with --dataset_name image_folder only. Received: "
+            f"--dataset_name {cfg.dataset_name}; change it, or leave out --image_dir."
+        )
+    for flag in ("limit_train", "limit_test"):
+        limit = getattr(cfg, flag)
+        if limit is not None and limit < 1:
+            raise UsageError(
+                f"--{flag} must be at least 1 image. Received: {limit}; leave it out for no limit."
+            )

@@ -1,0 +1,301 @@
+"""From encoded images to batches, the same for every data set.
+
+Shuffling and augmentation are functions of (seed, epoch, image), never of what
+ran before: a run that resumes at epoch 3 sees what it would have seen.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import tensorflow as tf
+
+from data import splits
+from data.source import Source
+
+SHUFFLE_IMAGES = 2048  # at most this many encoded images wait in the shuffle buffer
+HELD_BYTES = 256 * 2**20  # smaller subsets stay in memory, encoded; also bounds the buffer
+_SELECTION_DRAW = 5  # keeps the selection's random numbers apart from those of `splits`
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """A data set, split and ready to be read in batches.
+
+    Batches are pairs of images, float32 of shape (B, S, S, 3), RGB in 0..255, and
+    labels, int64 of shape (B,).
+
+    Attributes:
+        name: str. As the user wrote it.
+        version: str. What was read, e.g. `oxford_iiit_pet:4.0.0`.
+        num_classes: int.
+        class_names: list of str.
+        split_sizes: dict from `train`, `validation` and `test` to a number of images;
+            None for `validation` under protocol `paper`.
+        batch_size: int. Images per training batch: as asked for, or all where train
+            has fewer.
+        steps_per_epoch: int. Training batches per epoch.
+    """
+
+    name: str
+    version: str
+    num_classes: int
+    class_names: list[str]
+    split_sizes: dict[str, int | None]
+    batch_size: int
+    steps_per_epoch: int
+    _source: Source = field(repr=False)
+    _parts: dict = field(repr=False)  # role -> (split name, positions), see splits.assign
+    _row: object = field(repr=False)  # data.Dataset
+    _cfg: object = field(repr=False)
+
+    def train_batches(self, first_epoch, num_epochs):
+        """Returns the training batches of the epochs `first_epoch` to `num_epochs` - 1.
+
+        Every epoch shuffles anew and drops its last, partial batch: all batches have
+        one shape, and over the epochs every image is seen.
+
+        Args:
+            first_epoch: int, from 0.
+            num_epochs: int. The epoch to stop before.
+
+        Returns:
+            tf.data.Dataset of (num_epochs - first_epoch) * steps_per_epoch batches.
+        """
+        cfg, row = self._cfg, self._row
+        records = self._train_records
+        per_epoch = self.steps_per_epoch * self.batch_size
+        buffer = _shuffle_buffer(*self._size("train"))
+        epochs = np.arange(first_epoch, num_epochs, dtype=np.int64)
+        shuffle_seeds = np.array([_shuffle_seed(cfg.seed, epoch) for epoch in epochs], np.int64)
+
+        def one_epoch(epoch, shuffle_seed):
+            # `shuffle` also mixes in the global seed. Set within this traced function, it
+            # counts for the function alone, and what others seed no longer matters here.
+            # Not 0: beside a global 0, TensorFlow compares the tensor seed as a Python bool.
+            tf.random.set_seed(1)
+            shuffled = records.shuffle(buffer, seed=shuffle_seed, reshuffle_each_iteration=False)
+            return shuffled.take(per_epoch).map(lambda *record: (epoch, *record))
+
+        def decode(epoch, position, encoded, label):
+            return decode_image(encoded, cfg.input_size), label, draw(cfg.seed, epoch, position)
+
+        def finish(images, labels, draws):
+            if cfg.augment:
+                images = augment(images, draws, row.flip, row.rotation)
+            return images, labels
+
+        batches = (
+            tf.data.Dataset.from_tensor_slices((epochs, shuffle_seeds))
+            .flat_map(one_epoch)
+            .map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+            .batch(self.batch_size, drop_remainder=True)
+            .map(finish)
+            .prefetch(2)
+        )
+        count = len(epochs) * self.steps_per_epoch
+        return batches.apply(tf.data.experimental.assert_cardinality(count))
+
+    def validation_batches(self):
+        """Returns all validation images, in fixed order, as a tf.data.Dataset of batches.
+
+        The last batch may be smaller. None under protocol `paper`.
+        """
+        if self._parts["validation"] is None:
+            return None
+        return self._plain_batches(self._validation_records, "validation")
+
+    def test_batches(self):
+        """Returns all test images, in fixed order, as a tf.data.Dataset of batches.
+
+        The last batch may be smaller.
+        """
+        return self._plain_batches(self._source.read(*self._parts["test"]), "test")
+
+    def selection_batches(self, points, count):
+        """Returns full batches of training images without augmentation, in seeded order.
+
+        Args:
+            points: int. Images per batch.
+            count: int. Batches at most.
+
+        Returns:
+            tf.data.Dataset of known length: as many full batches, up to `count`, as
+            different training images suffice for; one batch of all where they don't
+            suffice for one. The same batches at every call.
+        """
+        split, positions = self._parts["train"]
+        points = min(points, len(positions))
+        rng = np.random.default_rng([self._cfg.seed, _SELECTION_DRAW])
+        chosen = rng.permutation(positions)[: points * count]
+        position, encoded, label = _all_of(self._source.read(split, chosen), len(chosen))
+        # A source keeps its own order: put the images into the drawn one.
+        by_position = np.argsort(position)
+        order = by_position[np.searchsorted(position, chosen, sorter=by_position)]
+        held = tf.data.Dataset.from_tensor_slices(
+            (tf.gather(encoded, order), tf.gather(label, order))
+        )
+        return (
+            held.map(
+                lambda encoded, label: (decode_image(encoded, self._cfg.input_size), label),
+                num_parallel_calls=tf.data.AUTOTUNE,
+                deterministic=True,
+            )
+            .batch(points, drop_remainder=True)  # too few images are fewer batches
+            .prefetch(1)
+        )
+
+    @functools.cached_property
+    def _train_records(self):
+        return self._records("train")
+
+    @functools.cached_property
+    def _validation_records(self):
+        return self._records("validation")
+
+    def _records(self, role):
+        """Returns (position, encoded image, label) records that are read epoch after epoch.
+
+        Where they are few they are held in memory: a small part of a large set would
+        otherwise cost a pass over all of it each time.
+        """
+        records = self._source.read(*self._parts[role])
+        images, total_bytes = self._size(role)
+        if total_bytes > HELD_BYTES:
+            return records
+        return tf.data.Dataset.from_tensor_slices(_all_of(records, images))
+
+    def _size(self, role):
+        """Returns (images, estimated encoded bytes) of a part."""
+        split, positions = self._parts[role]
+        mean = self._source.split_bytes[split] / len(self._source.labels[split])
+        return len(positions), math.ceil(mean * len(positions))
+
+    def _plain_batches(self, records, role):
+        images, _ = self._size(role)
+        batches = (
+            records.map(
+                lambda position, encoded, label: (
+                    decode_image(encoded, self._cfg.input_size),
+                    label,
+                ),
+                num_parallel_calls=tf.data.AUTOTUNE,
+                deterministic=True,
+            )
+            .batch(self._cfg.batch_size)
+            .prefetch(2)
+        )
+        count = math.ceil(images / self._cfg.batch_size)
+        return batches.apply(tf.data.experimental.assert_cardinality(count))
+
+
+def make(source, row, cfg):
+    """Splits a source and returns its `Data`.
+
+    Args:
+        source: Source.
+        row: data.Dataset. Split names and augmentation.
+        cfg: Config. Reads `protocol`, `limit_train`, `limit_test`, `input_size`,
+            `batch_size`, `augment` and `seed`.
+
+    Raises:
+        UsageError: no train split, or too few images to split.
+    """
+    parts = splits.assign(source.labels, (row.train, row.validation, row.test), cfg)
+    sizes = {role: part and len(part[1]) for role, part in parts.items()}
+    batch_size = min(cfg.batch_size, sizes["train"])
+    return Data(
+        name=source.name,
+        version=source.version,
+        num_classes=len(source.class_names),
+        class_names=source.class_names,
+        split_sizes=sizes,
+        batch_size=batch_size,
+        steps_per_epoch=sizes["train"] // batch_size,
+        _source=source,
+        _parts=parts,
+        _row=row,
+        _cfg=cfg,
+    )
+
+
+def decode_image(encoded, size):
+    """Decodes and resizes one image.
+
+    Args:
+        encoded: string tensor of shape (). JPEG, PNG, BMP, or the first frame of a GIF.
+            Grey becomes RGB and transparency is dropped.
+        size: int. Pixels.
+
+    Returns:
+        float32 tensor of shape (size, size, 3), RGB in 0..255. The whole image,
+        stretched to a square rather than cropped.
+    """
+    image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+    image.set_shape((None, None, 3))
+    image = tf.image.resize(image, (size, size), method="bilinear")
+    return tf.clip_by_value(image, 0.0, 255.0)
+
+
+def draw(seed, epoch, position):
+    """Returns two numbers in [0, 1) that belong to an image in an epoch, float32 of shape (2,)."""
+    key = tf.stack([tf.constant(seed, tf.int64), epoch])
+    key = tf.random.experimental.stateless_fold_in(key, position)
+    return tf.random.stateless_uniform((2,), key)
+
+
+def augment(images, draws, flip, rotation):
+    """Mirrors and turns each image as its two random numbers say.
+
+    Args:
+        images: float32 tensor of shape (B, S, S, 3).
+        draws: float32 tensor of shape (B, 2), in [0, 1): for the flip, for the angle.
+        flip: bool. Whether to mirror half of them, left to right.
+        rotation: float. Largest turn, as a fraction of a full one; 0 is none.
+
+    Returns:
+        float32 tensor of shape (B, S, S, 3). What a turn uncovers is filled by reflection.
+    """
+    if flip:
+        mirrored = draws[:, 0, None, None, None] < 0.5
+        images = tf.where(mirrored, tf.reverse(images, axis=[2]), images)
+    if rotation:
+        angle = (2 * draws[:, 1] - 1) * (rotation * 2 * math.pi)  # (B,), radians
+        size = images.shape[1]
+        images = tf.raw_ops.ImageProjectiveTransformV3(
+            images=images,
+            transforms=_rotation_about_centre(angle, (size - 1) / 2),
+            output_shape=(size, size),
+            interpolation="BILINEAR",
+            fill_mode="REFLECT",
+            fill_value=0.0,
+        )
+    return images
+
+
+def _rotation_about_centre(angle, centre):
+    """Returns float32 rows a0..a7 of shape (B, 8).
+
+    The pixel at (x, y) comes from (a0 x + a1 y + a2, a3 x + a4 y + a5).
+    """
+    cos, sin, zero = tf.cos(angle), tf.sin(angle), tf.zeros_like(angle)
+    to_x = centre - (cos * centre - sin * centre)
+    to_y = centre - (sin * centre + cos * centre)
+    return tf.stack([cos, -sin, to_x, sin, cos, to_y, zero, zero], axis=1)
+
+
+def _all_of(records, count):
+    """Reads `count` records. Returns tensors (positions, encoded, labels), each (count,)."""
+    return records.batch(count).get_single_element()
+
+
+def _shuffle_seed(seed, epoch):
+    return np.random.SeedSequence([seed, int(epoch)]).generate_state(1)[0]
+
+
+def _shuffle_buffer(images, total_bytes):
+    """Returns how many encoded images to shuffle among: bounded in number and in bytes."""
+    if total_bytes <= HELD_BYTES:
+        return images  # they are in memory already
+    return max(1, min(SHUFFLE_IMAGES, int(HELD_BYTES / (total_bytes / images))))

@@ -1,0 +1,252 @@
+"""Data sets of TFDS: found, checked, prepared, and read without decoding."""
+
+import contextlib
+import importlib.util
+import logging
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+import data
+import downloads
+from data import digits  # noqa: F401  (defining the builder registers it with TFDS)
+from data.source import Source, check_num_classes
+from errors import RunError, UsageError
+
+# One file after the other: positions in a split mean the same image in every pass.
+_READ_CONFIG = tfds.ReadConfig(
+    interleave_cycle_length=1, try_autocache=False, skip_prefetch=True, shuffle_seed=None
+)
+
+# Its warnings (a set that isn't prepared yet, deprecations within itself) tell users nothing.
+logging.getLogger("absl").addFilter(lambda record: "tensorflow_datasets" not in record.pathname)
+
+
+def open_source(cfg):
+    """Prepares a TFDS set where needed and returns it as a `Source`.
+
+    Args:
+        cfg: Config. Reads `dataset_name`, `data_dir` and `num_classes`.
+
+    Raises:
+        UsageError: unknown name, a set without image and label, an unusable
+            `data_dir`, or a contradicting `num_classes`.
+        RunError: the set can't be downloaded or prepared.
+    """
+    builder = find_builder(cfg)
+    image_key, label_key = image_and_label(builder.info, cfg.dataset_name)
+    # Before the download: nobody should wait an hour to learn of a wrong flag.
+    check_num_classes(cfg, builder.info.features[label_key].num_classes)
+    builder = prepare(builder, cfg)
+    label_feature = builder.info.features[label_key]
+    check_num_classes(cfg, label_feature.num_classes)
+
+    row = data.dataset_row(cfg.dataset_name)
+    labels = {
+        split: _read_labels(builder, split, label_key)
+        for split in (row.train, row.validation, row.test)
+        if split in builder.info.splits
+    }
+
+    def read(split, positions):
+        wanted = np.zeros(len(labels[split]), bool)
+        wanted[positions] = True
+        wanted = tf.constant(wanted)
+        examples = builder.as_dataset(
+            split=split,
+            decoders=tfds.decode.PartialDecoding(
+                {image_key: True, label_key: True}, decoders={image_key: tfds.decode.SkipDecoding()}
+            ),
+            read_config=_READ_CONFIG,
+        )
+        return (
+            examples.enumerate()
+            .filter(lambda position, example: tf.gather(wanted, position))
+            .map(lambda position, example: (position, example[image_key], example[label_key]))
+            .take(len(positions))  # stop reading when all are found
+        )
+
+    return Source(
+        name=cfg.dataset_name,
+        version=_version(builder),
+        class_names=list(label_feature.names),
+        labels=labels,
+        split_bytes={split: builder.info.splits[split].num_bytes for split in labels},
+        read=read,
+    )
+
+
+def find_builder(cfg):
+    """Returns the TFDS builder of `cfg.dataset_name`. Reads no data and needs no network.
+
+    Raises:
+        UsageError: unknown name, config or version, or an unusable `data_dir`.
+    """
+    name = data.tfds_name(cfg.dataset_name)
+    data_dir = cfg.data_dir and os.path.expanduser(cfg.data_dir)
+    if data_dir:
+        _check_data_dir(data_dir)
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+        builder.info  # noqa: B018  (some sets look at their config only now)
+        return builder
+    except tfds.core.registered.DatasetNotFoundError as error:
+        known = tfds.list_builders(with_community_datasets=False)
+        raise data.unknown_name(cfg.dataset_name, known) from error
+    except (ValueError, AssertionError, RuntimeError) as error:
+        cls = tfds.builder_cls(name.split("/")[0].split(":")[0])
+        configs = ", ".join(cls.builder_configs) or "none"
+        versions = ", ".join(str(version) for version in (cls.VERSION, *cls.SUPPORTED_VERSIONS))
+        raise UsageError(
+            f"--dataset_name takes NAME/CONFIG:VERSION where TFDS has both: {cls.name} has "
+            f"configs {configs}, versions {versions}. Received: {cfg.dataset_name!r}; "
+            "correct the name."
+        ) from error
+    except (ImportError, OSError) as error:  # what the set's own code needs isn't installed
+        raise RunError(f"TFDS can't set up {cfg.dataset_name}: {_one_line(error)}") from error
+
+
+def image_and_label(info, name):
+    """Returns the names of a set's image feature and of its single label.
+
+    Args:
+        info: tfds.core.DatasetInfo.
+        name: str. The set's name, for the error.
+
+    Raises:
+        UsageError: there is no image, or no single label, to learn.
+    """
+    features = info.features
+    for keys in (("image", "label"), info.supervised_keys):
+        if not keys or not all(isinstance(key, str) and key in features for key in keys[:2]):
+            continue
+        image, label = features[keys[0]], features[keys[1]]
+        # Float images are stored as raw bits in a PNG: decoded plainly they are noise.
+        is_image = isinstance(image, tfds.features.Image) and image.np_dtype != np.float32
+        if is_image and isinstance(label, tfds.features.ClassLabel):
+            return keys[0], keys[1]
+    raise UsageError(
+        "--dataset_name must be a set with an image and a single class label. Received: "
+        f"{name} with {', '.join(features)}; choose another set."
+    )
+
+
+def prepare(builder, cfg):
+    """Downloads and prepares a set unless it is there already.
+
+    Two processes may do this at once: TFDS prepares into a folder of its own and
+    renames it at the end, so that the second one's rename fails, and it reads what
+    the first prepared.
+
+    Args:
+        builder: tfds.core.DatasetBuilder.
+        cfg: Config. Reads `dataset_name` and `data_dir`.
+
+    Returns:
+        The builder of the prepared set.
+
+    Raises:
+        RunError: a package is missing, a host can't be reached, or TFDS failed.
+    """
+    if builder.is_prepared():
+        return builder
+    name = cfg.dataset_name
+    for module, package in data.dataset_row(name).needs:
+        if importlib.util.find_spec(module) is None:
+            raise RunError(
+                f"Preparing {name} needs the module {module}, which isn't installed; "
+                f"run: pip install {package}"
+            )
+    _check_reachable(builder, name)
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()  # bars wreck log files
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+            builder.download_and_prepare(
+                # One road to the data, and no hidden retries on a second host.
+                download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+            )
+        return builder
+    except Exception as error:
+        theirs = find_builder(cfg)
+        if theirs.is_prepared():
+            return theirs
+        raise RunError(
+            f"{name} couldn't be prepared in {builder.data_dir}: {_one_line(error)}; "
+            "mend that, or choose another --data_dir."
+        ) from error
+
+
+def _check_reachable(builder, name):
+    """Raises RunError where a file that is still to be downloaded has no reachable host."""
+    downloads_dir = Path(builder.data_dir_root) / "downloads"
+    addresses = {}  # from a file's checksum to the addresses that it is registered at
+    for url, info in (builder.url_infos or {}).items():
+        file_name = tfds.core.download.resource.get_dl_fname(url, info.checksum)
+        # TFDS takes a file for downloaded when its description lies beside it.
+        there = [
+            (folder / f"{file_name}{ending}").exists()
+            for folder in (downloads_dir / builder.name, downloads_dir)
+            for ending in ("", ".INFO")
+        ]
+        if url.startswith("http") and sum(there) < 2:
+            addresses.setdefault(info.checksum, []).append(url)
+    by_host = {urlsplit(url).netloc: url for urls in addresses.values() for url in urls}
+    if not by_host:
+        return
+    with ThreadPoolExecutor(len(by_host)) as pool:  # at once: the slowest decides
+        why = dict(zip(by_host, pool.map(downloads.unreachable, by_host.values())))
+    # A file that moved is registered at its old and new address: one is enough.
+    lost = [
+        urls
+        for urls in addresses.values()
+        if all(why[urlsplit(url).netloc] is not None for url in urls)
+    ]
+    # TFDS registers the files of all configs and versions of a set together. Of the
+    # sets in the table all are needed; of any other, perhaps only some.
+    pinned = data.dataset_row(name).tfds is not None
+    if lost and (pinned or len(lost) == len(addresses)):
+        host = urlsplit(lost[0][0]).netloc
+        raise RunError(
+            f"{name} isn't prepared in {builder.data_dir_root} and its host {host} can't be "
+            f"reached ({why[host]}); connect to the network, or point --data_dir to a folder "
+            "where the set is prepared."
+        )
+
+
+def _check_data_dir(data_dir):
+    existing = Path(data_dir).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UsageError(
+            f"--data_dir must be a folder, or one that can be made. Received: {data_dir} "
+            f"({existing} is a file); choose another folder."
+        )
+
+
+def _read_labels(builder, split, label_key):
+    """Returns the labels of a split, int64 of shape (images,), without decoding an image."""
+    examples = builder.as_dataset(
+        split=split,
+        decoders=tfds.decode.PartialDecoding({label_key: True}),
+        read_config=_READ_CONFIG,
+    )
+    parts = [batch[label_key] for batch in examples.batch(4096).as_numpy_iterator()]
+    return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
+
+
+def _version(builder):
+    config = f"/{builder.builder_config.name}" if builder.builder_config else ""
+    return f"{builder.name}{config}:{builder.version}"
+
+
+def _one_line(error, longest=300):
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= longest else text[:longest] + "..."
