@@ -22,9 +22,9 @@ def network_of(model, bn_stats=None):
     )
 
 
-def tiny_model(batch_norm=True):
-    """A residual network for 16-pixel images: a block, a shortcut, a head of 10 classes."""
-    images = keras.Input((16, 16, 3))
+def tiny_model(batch_norm=True, input_size=16, num_classes=10):
+    """A residual network in small: a block, a shortcut, a head."""
+    images = keras.Input((input_size, input_size, 3))
     x = keras.layers.Rescaling(1 / 127.5, -1)(images)
     x = keras.layers.Conv2D(8, 3, strides=2, padding="same", name="stem")(x)
     y = keras.layers.Conv2D(8, 3, padding="same", name="branch")(x)
@@ -36,7 +36,7 @@ def tiny_model(batch_norm=True):
         x = keras.layers.BatchNormalization(name="deep_bn")(x)
     x = keras.layers.GlobalAveragePooling2D()(keras.layers.ReLU()(x))
     x = keras.layers.Dropout(0.2)(x)
-    return keras.Model(images, keras.layers.Dense(10, name="head")(x), name="tiny")
+    return keras.Model(images, keras.layers.Dense(num_classes, name="head")(x), name="tiny")
 
 
 def backbone_network(model_name, seed=0, bn_stats="stored", input_size=32):

@@ -1,0 +1,99 @@
+"""ViT-B/16 on keras-hub, at any input size that is a multiple of the patch."""
+
+import os
+
+import keras_hub
+import numpy as np
+
+# Those of the preset vit_base_patch16_224_imagenet; `load_preset` compares them.
+HYPERPARAMETERS = {
+    "patch_size": 16,
+    "num_layers": 12,
+    "num_heads": 12,
+    "hidden_dim": 768,
+    "mlp_dim": 3072,
+    "dropout_rate": 0.0,
+    "attention_dropout": 0.0,
+    "layer_norm_epsilon": 1e-6,
+    "use_mha_bias": True,
+    "use_mlp_bias": True,
+    "use_class_token": True,
+    "use_patch_bias": True,
+}
+
+
+def make_backbone(input_size):
+    """Returns a keras_hub ViTBackbone with random weights for square images.
+
+    Args:
+        input_size: int. Pixels, a multiple of the patch size.
+    """
+    return keras_hub.models.ViTBackbone(
+        image_shape=(input_size, input_size, 3), name="backbone", **HYPERPARAMETERS
+    )
+
+
+def preset_folder(preset):
+    """Returns the folder in which kagglehub keeps `preset`, present or not."""
+    handle = keras_hub.models.ViTBackbone.presets[preset]["kaggle_handle"]
+    cache = os.environ.get("KAGGLEHUB_CACHE") or os.path.join(
+        os.path.expanduser("~"), ".cache", "kagglehub"
+    )
+    return os.path.join(cache, "models", *handle.removeprefix("kaggle://").split("/"))
+
+
+def load_preset(preset):
+    """Returns the pretrained ViTBackbone of a preset's name or folder.
+
+    Raises:
+        ValueError: its hyper-parameters aren't ours, so that its weights would
+            fit and still compute something else.
+    """
+    backbone = keras_hub.models.ViTBackbone.from_preset(preset)
+    theirs = backbone.get_config()
+    differing = [
+        f"{name} {theirs[name]} instead of {value}"
+        for name, value in HYPERPARAMETERS.items()
+        if np.any(np.asarray(theirs[name]) != value)  # patch_size is a pair there
+    ]
+    if differing:
+        raise ValueError(f"preset {preset} has {', '.join(differing)}")
+    return backbone
+
+
+def resize_position_embedding(embedding, num_positions):
+    """Interpolates a position embedding to another number of patches.
+
+    The class token's row, the first, is kept; the others are a square grid,
+    resized bilinearly on aligned pixel centres (half-pixel convention), edges
+    extended.
+
+    Args:
+        embedding: float array of shape (1 + g * g, hidden).
+        num_positions: int. 1 + G * G.
+
+    Returns:
+        float32 array of shape (1 + G * G, hidden), or None where either count
+        isn't that of a class token and a square grid.
+    """
+    old, new = grid_side(len(embedding)), grid_side(num_positions)
+    if old is None or new is None:
+        return None
+    embedding = np.asarray(embedding, "float32")
+    grid = embedding[1:].reshape(old, old, -1)
+    mix = _interpolation(old, new)  # (G, g)
+    resized = np.einsum("yi,xj,ijc->yxc", mix, mix, grid, optimize=True)
+    return np.concatenate([embedding[:1], resized.reshape(new * new, -1)]).astype("float32")
+
+
+def grid_side(num_positions):
+    """Returns g where `num_positions` is 1 + g * g, or None."""
+    side = round((num_positions - 1) ** 0.5)
+    return side if side > 0 and side * side == num_positions - 1 else None
+
+
+def _interpolation(old, new):
+    """Returns the (new, old) matrix that resizes one axis linearly; its rows sum to 1."""
+    centres = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+    # Tent functions around the old pixels; two of them overlap at any point.
+    return np.maximum(0.0, 1.0 - np.abs(centres[:, None] - np.arange(old)))

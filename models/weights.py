@@ -1,0 +1,280 @@
+"""Loads weights into a backbone and tells where they came from."""
+
+import logging
+import os
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+
+from errors import RunError, UsageError
+from models import BACKBONES, imagenet, weight_files
+
+log = logging.getLogger("adabet")
+
+# Names that older Keras gave to what Keras 3 calls otherwise.
+_MODERN_NAMES = {"depthwise_kernel": "kernel"}
+
+# Patches of a 4096-pixel image: no real file has more, and a made-up one can't
+# claim more memory.
+_MAX_POSITIONS = 1 + 256**2
+
+
+@dataclass(frozen=True)
+class TargetLayer:
+    """A layer of ours that owns weights; fields as in weight_files.StoredLayer."""
+
+    name: str
+    structure: str
+    variables: list
+
+
+def load(backbone, cfg):
+    """Loads what `cfg.weights` asks for into `backbone`, moving statistics included.
+
+    Args:
+        backbone: keras.Model without head.
+        cfg: config.Config. Reads model_name, input_size and weights.
+
+    Returns:
+        dict, the provenance; see `models.Network`.
+
+    Raises:
+        UsageError: the file is damaged, or fits less than half of the backbone.
+        RunError: `imagenet` is asked for and can't be had.
+    """
+    return _SOURCES.get(cfg.weights, _load_file)(backbone, cfg)
+
+
+def _load_nothing(backbone, cfg, note=None):
+    return _provenance("none", target_layers(backbone), note=note)
+
+
+def _load_auto(backbone, cfg):
+    try:
+        return _imagenet(backbone, cfg)
+    except imagenet.Unavailable as error:
+        log.warning(
+            "ImageNet weights for %s can't be had (%s): starting from RANDOM weights. "
+            "--weights PATH takes a file of your own.",
+            cfg.model_name,
+            error,
+        )
+        return _load_nothing(backbone, cfg, note=f"ImageNet weights can't be had: {error}")
+
+
+def _load_imagenet(backbone, cfg):
+    try:
+        return _imagenet(backbone, cfg)
+    except imagenet.Unavailable as error:
+        raise RunError(
+            f"--weights imagenet: the weights for {cfg.model_name} can't be had ({error}); "
+            "connect, or give a file with --weights PATH, or start from random weights with "
+            "--weights none"
+        ) from error
+
+
+def _load_file(backbone, cfg):
+    path = os.path.expanduser(cfg.weights)
+    with weight_files.open_layers(path) as stored:
+        return _assign(backbone, stored, "file", path)
+
+
+_SOURCES = {"auto": _load_auto, "imagenet": _load_imagenet, "none": _load_nothing}
+
+
+def _imagenet(backbone, cfg):
+    source = BACKBONES[cfg.model_name].imagenet
+    if source.preset:
+        stored, path = imagenet.fetch_preset(source)
+        return _assign(backbone, stored, "imagenet", path)
+    path = imagenet.fetch_file(source, cfg.input_size)
+    try:
+        with weight_files.open_layers(path) as stored:
+            return _assign(backbone, stored, "imagenet", path)
+    except UsageError as error:
+        raise imagenet.Unavailable(f"{path} is damaged, delete it: {error.__cause__ or error}")
+
+
+def _assign(backbone, stored, source, path):
+    """Copies the stored arrays that match into `backbone`; returns the provenance."""
+    targets = target_layers(backbone)
+    matches = match(targets, stored)
+    counts = f"{len(matches)} of {len(targets)} backbone layers matched"
+    if 2 * len(matches) < len(targets):
+        raise UsageError(
+            f"--weights needs a file of the same network, at least half of its layers; "
+            f"received {path}: {counts} by name or structure and shape; check --model_name"
+        )
+    for target, arrays in matches:
+        for variable, array in zip(target.variables, arrays, strict=True):
+            values = _values(array, variable)
+            if not np.all(np.isfinite(values)):
+                raise UsageError(
+                    f"--weights needs finite weights; received {path}, where layer {target.name} "
+                    "holds NaN or infinite values; save or download it anew"
+                )
+            variable.assign(values)
+    missing = sorted({t.name for t in targets} - {t.name for t, _ in matches})
+    note = f"not matched, left random: {', '.join(missing)}" if missing else None
+    log.log(logging.WARNING if missing else logging.INFO, "Weights: %s from %s", counts, path)
+    return _provenance(source, targets, len(matches), path, note)
+
+
+def _provenance(source, targets, matched_layers=0, path=None, note=None):
+    return {
+        "source": source,
+        "path": path,
+        "sha256": imagenet.file_hash(path) if path and os.path.isfile(path) else None,
+        "matched_layers": matched_layers,
+        "backbone_layers": len(targets),
+        "note": note,
+    }
+
+
+def target_layers(backbone):
+    """Returns a TargetLayer for every layer of `backbone` that itself owns weights."""
+    layers = []
+    claimed = set()
+    # Innermost first, so that what is left to an outer layer is its own.
+    for structure, layer in reversed(list(_structure(backbone, "", set()))):
+        own = [v for v in layer.weights if id(v) not in claimed]
+        claimed.update(id(v) for v in own)
+        if own:
+            layers.append(TargetLayer(own[0].path.rpartition("/")[0], structure, own))
+    return layers[::-1]
+
+
+def _structure(layer, path, seen):
+    """Yields (path, layer) for `layer` and all below it, outermost first.
+
+    The paths are those of Keras's own files: a model's layers are numbered per
+    class, an inner layer goes by the attribute that holds it, public ones first.
+    """
+    if id(layer) in seen:
+        return
+    seen.add(id(layer))
+    yield path, layer
+    prefix = f"{path}/" if path else ""
+    if isinstance(layer, keras.Model):
+        children = [("layers", layer.layers)]
+    else:
+        children = [(name, _attribute(layer, name)) for name in _own_attributes(layer)]
+    for name, child in children:
+        if isinstance(child, keras.layers.Layer):
+            yield from _structure(child, prefix + name, seen)
+        elif isinstance(child, (list, tuple)):
+            count = {}
+            for item in child:
+                if isinstance(item, keras.layers.Layer):
+                    item_name = weight_files.numbered(
+                        weight_files.snake_case(type(item).__name__), count
+                    )
+                    yield from _structure(item, f"{prefix}{name}/{item_name}", seen)
+
+
+def _own_attributes(layer):
+    added = set(dir(layer)) - set(dir(keras.layers.Layer))
+    added -= {"_layers", "_metrics", "_losses"}  # bookkeeping that every Layer has
+    return sorted(added, key=lambda name: (name.startswith("_"), name))
+
+
+def _attribute(layer, name):
+    try:
+        return getattr(layer, name)
+    except Exception:  # properties may raise anything; then they hold no layer for us
+        return None
+
+
+def match(targets, stored):
+    """Pairs layers with stored ones, by name or by structure, whichever finds more.
+
+    Args:
+        targets: list of TargetLayer.
+        stored: list of StoredLayer.
+
+    Returns:
+        list of (TargetLayer, list of arrays in the order of its variables).
+    """
+    return max(_match_names(targets, stored), _match_structure(targets, stored), key=len)
+
+
+def _match_names(targets, stored):
+    by_own_name = {}
+    for layer in stored:
+        by_own_name.setdefault(layer.name.rpartition("/")[2], []).append(layer)
+    matches = []
+    for target in targets:
+        for layer in by_own_name.get(target.name.rpartition("/")[2], []):
+            # A whole model puts its own name before ours.
+            same = f"/{layer.name}".endswith(f"/{target.name}")
+            arrays = _arrays(target.variables, layer.weights) if same else None
+            if arrays is not None:
+                matches.append((target, arrays))
+                break
+    return matches
+
+
+def _match_structure(targets, stored):
+    by_structure = {layer.structure: layer for layer in stored if layer.structure}
+    first = targets[0].structure
+    outer_paths = {
+        path.removesuffix(first) for path in by_structure if f"/{path}".endswith(f"/{first}")
+    }
+    best = []
+    for outer in sorted(outer_paths):
+        matches = []
+        for target in targets:
+            layer = by_structure.get(outer + target.structure)
+            arrays = _arrays(target.variables, layer.weights) if layer else None
+            if arrays is not None:
+                matches.append((target, arrays))
+        best = max(best, matches, key=len)
+    return best
+
+
+def _arrays(variables, weights):
+    """Returns the stored arrays in the order of `variables`, or None where they don't fit."""
+    named = {_MODERN_NAMES.get(name, name): array for name, array in weights.items()}
+    if all(variable.name in named for variable in variables):
+        arrays = [named[variable.name] for variable in variables]
+    elif len(weights) == len(variables):
+        arrays = list(weights.values())  # files without usable names keep the order
+    else:
+        return None
+    fits = all(_fits(array, variable) for array, variable in zip(arrays, variables, strict=True))
+    return arrays if fits else None
+
+
+def _is_position_embedding(variable):
+    return variable.path.endswith("position_embedding/embeddings")
+
+
+def _fits(array, variable):
+    if array.dtype.kind != "f":
+        return False
+    if array.shape == tuple(variable.shape):
+        return True
+    # Another input size: only the number of positions differs.
+    return (
+        _is_position_embedding(variable)
+        and array.ndim == 2
+        and array.shape[1] == variable.shape[1]
+        and array.shape[0] <= _MAX_POSITIONS
+        and _is_grid(array.shape[0])
+    )
+
+
+def _is_grid(num_positions):
+    from models import vit
+
+    return vit.grid_side(num_positions) is not None
+
+
+def _values(array, variable):
+    values = np.asarray(array)
+    if values.shape == tuple(variable.shape):
+        return values
+    from models import vit
+
+    return vit.resize_position_embedding(values, variable.shape[0])

@@ -1,0 +1,319 @@
+"""The command line from its users' side: runs, run folders, exit codes, one-line errors."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from networks import network_of, tiny_model
+
+import flags
+import models
+import train
+from data import DATASETS
+from main import main
+from models import batchnorm
+from selection import SCHEMES
+
+ROOT = Path(__file__).parent.parent
+SUMMARY = (
+    "status model_name dataset_name train_type rho seed protocol weights accuracy val_accuracy epochs best_epoch "
+    "selection_s compile_s train_s epoch_s eval_s peak_memory_bytes_measured selection_peak_memory_bytes peak_rss_bytes "
+    "memory_device peak_memory_bytes_estimated memory_mb_published_convention num_trained_layers num_trained_weights "
+    "num_weights num_layers earliest_trained_layer"
+).split()
+
+
+def run_of(folder):
+    """The records of the one run in a log folder."""
+    (run,) = [path for path in Path(folder).iterdir() if path.is_dir()]
+    return run, {path.name: json.loads(path.read_text()) for path in run.glob("*.json")}
+
+
+def metrics_of(run):
+    with open(run / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path, data_dir):
+    """Gives main() with a tiny network in place of the backbone, logging to tmp_path/logs."""
+
+    def build(cfg, num_classes):
+        model = tiny_model(input_size=cfg.input_size, num_classes=num_classes)
+        bn_stats = batchnorm.resolve(cfg.bn_stats, pretrained=False)
+        batchnorm.MODES[bn_stats](model)
+        return network_of(model, bn_stats)
+
+    monkeypatch.setattr(models, "build", build)
+    few = ["--limit_train", "160", "--limit_test", "40", "--batch_size", "16", "--num_epochs", "2", "--data_dir", data_dir]
+    return lambda *argv: main([*few, "--log_dir", str(tmp_path / "logs"), *argv])
+
+
+# ---------------------------------------------------------------- the main job, for real
+
+
+@pytest.fixture(scope="module")
+def real_runs(tmp_path_factory, data_dir):
+    """The same command twice, as a user would run it, in processes of their own."""
+    folders = []
+    for attempt in ("first", "second"):
+        folder = tmp_path_factory.mktemp(attempt)
+        command = [sys.executable, "main.py", "--model_name", "mobilenetv2", "--train_type", "--train_type",
+                   "act_norm_betti_train", "--rho", "0.1", "--weights", "none", "--limit_train", "90",
+                   "--limit_test", "40", "--batch_size", "16", "--num_epochs", "2", "--save_model", "--save_txt", "true",
+                   "--data_dir", data_dir, "--log_dir", str(folder)]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        folders.append((folder, done))
+    return folders
+
+
+def test_the_run_folder_has_what_design_promises(real_runs):
+    folder, done = real_runs[0]
+    run, records = run_of(folder)
+    assert run.name == "mobilenetv2_digits_act_norm_betti_train_rho0.1_seed0"
+    assert {path.name for path in run.iterdir()} == {
+        "config.json", "selection.json", "metrics.csv", "summary.json", "log.txt", "tensorboard", "model.keras",
+    }  # fmt: skip
+
+    config = records["config.json"]
+    assert config["rho"] == 0.1 and config["num_epochs"] == 2 and config["layers"] is None and config["interval"] is None
+    assert config["bn_stats"] == "batch" and config["num_classes"] == 10 and config["dataset_version"] == "digits:1.0.0"
+    assert config["split_sizes"] == {"train": 81, "validation": 9, "test": 40}
+    assert config["weights_provenance"]["source"] == "none" and config["device"] and config["versions"]["keras"]
+
+    selection = records["selection.json"]
+    assert (selection["num_layers"], selection["budget"], len(selection["selected"])) == (105, 10, 10)
+    assert [row["path"] for row in selection["layers"] if row["selected"]] == selection["selected"]
+    assert sorted(row["rank"] for row in selection["layers"]) == list(range(1, 106))
+    for row in selection["layers"]:
+        assert len(row["betti_1_per_batch"]) == 4 and row["betti_1"] == np.mean(row["betti_1_per_batch"])
+        assert row["score"] == pytest.approx(row["betti_1"] / (16 * row["activation_size"]))
+
+    summary = records["summary.json"]
+    assert list(summary) == SUMMARY
+    assert summary["status"] == "done" and summary["epochs"] == 2 and summary["best_epoch"] in (1, 2)
+    assert 0 < summary["peak_memory_bytes_measured"] < summary["peak_rss_bytes"]
+    assert summary["selection_peak_memory_bytes"] > 0 and summary["memory_device"] == "CPU:0"
+    assert summary["num_trained_layers"] == 10 + selection["head_added"]
+    assert summary["num_trained_weights"] < summary["num_weights"] == 2_236_682
+
+    rows = metrics_of(run)
+    assert list(rows[0]) == "epoch train_loss train_accuracy val_loss val_accuracy seconds learning_rate".split()
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert summary["train_s"] == pytest.approx(sum(float(row["seconds"]) for row in rows))
+    assert float(rows[1]["learning_rate"]) == pytest.approx(0, abs=1e-9)
+    assert "trains" in (run / "log.txt").read_text().lower()
+
+    hours, accuracy = (folder / f"{run.name}.txt").read_text().split()
+    assert float(hours) == summary["train_s"] / 3600 and float(accuracy) == summary["accuracy"]
+
+
+def test_the_console_ends_with_the_block_that_scripts_parse(real_runs):
+    _, done = real_runs[0]
+    lines = done.stdout.splitlines()
+    assert re.fullmatch("=+", lines[0]) and re.fullmatch("=+", lines[-1])
+    assert [line.split(":")[0] for line in lines[1:-1]] == [
+        "Training Type", "Accuracy (%)", "Time (h)", "Time per epoch (s)", "Selection Time (s)", "Memory (MB)", "rho",
+    ]  # fmt: skip
+    assert all(re.fullmatch(r"[\w() %./-]+: \S+", line) for line in lines[1:-1])
+    assert "\r" not in done.stderr and "Traceback" not in done.stderr  # no bars in a log
+    assert not [line for line in done.stderr.splitlines() if line.startswith(("WARNING", "I0000", "E0000"))]
+
+
+def test_the_same_seed_gives_the_same_bytes(real_runs):
+    (first, records), (second, again) = [run_of(folder) for folder, _ in real_runs]
+    assert (first / "selection.json").read_bytes() == (second / "selection.json").read_bytes()
+    for row, repeated in zip(metrics_of(first), metrics_of(second), strict=True):
+        assert {**row, "seconds": ""} == {**repeated, "seconds": ""}
+    assert records["summary.json"]["accuracy"] == again["summary.json"]["accuracy"]
+    assert records["config.json"]["fingerprint"] == again["config.json"]["fingerprint"]
+    ours, theirs = [keras.saving.load_model(run / "model.keras") for run in (first, second)]
+    for weight, same in zip(ours.weights, theirs.weights, strict=True):
+        np.testing.assert_array_equal(weight.numpy(), same.numpy())
+
+
+def test_the_saved_model_scores_what_the_summary_says(real_runs, data_dir):
+    import data
+    from config import Config
+
+    run, records = run_of(real_runs[0][0])
+    model = keras.saving.load_model(run / "model.keras", safe_mode=True)
+    test = data.load(Config(data_dir=data_dir, limit_test=40)).test_batches()
+    correct = total = 0
+    for images, labels in test:
+        correct += int((np.argmax(model.predict(images, verbose=0), axis=1) == labels.numpy()).sum())
+        total += len(labels)
+    assert 100 * correct / total == pytest.approx(records["summary.json"]["accuracy"])
+
+
+# ---------------------------------------------------------------- other ways to run
+
+
+def test_select_only_ranks_and_stops(tiny, tmp_path, capsys):
+    assert tiny("--select_only") == 0
+    run, records = run_of(tmp_path / "logs")
+    assert set(records) == {"config.json", "selection.json"} and not (run / "metrics.csv").exists()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["rank", "1", "2", "3", "4", "5", "6"]
+
+
+def test_paper_protocol_tests_after_every_epoch_and_reports_the_best(tiny, tmp_path):
+    assert tiny("--protocol", "paper", "--optimizer", "adam") == 0
+    run, records = run_of(tmp_path / "logs")
+    assert list(metrics_of(run)[0])[3:5] == ["test_loss", "test_accuracy"]
+    best = max(float(row["test_accuracy"]) for row in metrics_of(run))
+    summary = records["summary.json"]
+    assert summary["accuracy"] == pytest.approx(100 * best) and summary["protocol"] == "paper"
+    assert summary["val_accuracy"] is None and records["config.json"]["split_sizes"]["validation"] is None
+
+
+def test_the_second_run_of_a_name_gets_a_number(tiny, tmp_path):
+    assert tiny("--select_only") == tiny("--select_only") == 0
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == {
+        "resnet50_digits_act_norm_betti_train_rho0.1_seed0", "resnet50_digits_act_norm_betti_train_rho0.1_seed0_2",
+    }  # fmt: skip
+
+
+def test_fewer_full_batches_than_asked_for_are_said(tiny, tmp_path, capsys):
+    assert tiny("--select_only", "--limit_train", "60", "--num_betti_batches", "9") == 0
+    assert "3 batches of 16 images" in capsys.readouterr().err
+    _, records = run_of(tmp_path / "logs")
+    assert len(records["selection.json"]["layers"][0]["betti_1_per_batch"]) == 3
+
+
+def test_a_flag_that_the_scheme_does_not_read_is_named_and_null(tiny, tmp_path, capsys):
+    assert tiny("--train_type", "traditional_tl_training", "--rho", "0.5", "--num_betti_batches", "2") == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Warning")]
+    assert len(warnings) == 1 and "--num_betti_batches, --rho" in warnings[0]
+    run, records = run_of(tmp_path / "logs")
+    assert run.name == "resnet50_digits_traditional_tl_training_seed0"
+    assert records["config.json"]["rho"] is records["summary.json"]["rho"] is None
+
+
+def test_divergence_ends_the_run_with_a_summary_and_advice(tiny, tmp_path, capsys):
+    assert tiny("--learning_rate", "1e30", "--global_clipnorm", "0") == 1
+    _, records = run_of(tmp_path / "logs")
+    assert records["summary.json"]["status"] == "diverged" and records["summary.json"]["accuracy"] is None
+    assert "epoch 1, step" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("failure, code, status", [(KeyboardInterrupt(), 130, "interrupted"), (OSError("disk"), 1, "failed")])
+def test_what_breaks_a_run_off_leaves_a_summary(tiny, tmp_path, monkeypatch, capsys, failure, code, status):
+    def broken_off(*args):
+        raise failure
+
+    monkeypatch.setattr(train, "fine_tune", broken_off)
+    assert tiny() == code
+    _, records = run_of(tmp_path / "logs")
+    assert records["summary.json"]["status"] == status and records["summary.json"]["selection_s"] > 0
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_list_layers_prints_paths_that_layers_takes_back(capsys, tmp_path, tiny):
+    assert main(["--list_layers", "--model_name", "vgg16"]) == 0
+    paths = capsys.readouterr().out.splitlines()
+    assert len(paths) == 14 and paths[0] == "block1_conv1" and paths[-1] == "head"
+    (tmp_path / "list").write_text("deep\nbranch\n")
+    assert tiny("--train_type", "listed_layers", "--layers", f"@{tmp_path}/list", "--select_only") == 0
+    assert run_of(tmp_path / "logs")[1]["selection.json"]["selected"] == ["branch", "deep"]
+
+
+# ---------------------------------------------------------------- bad input
+
+
+FOLDER = ["--dataset_name", "image_folder", "--image_dir"]
+# What is wrong -> (flags, with {tmp} for the test's folder; what the line has to say).
+BAD_INPUT = {
+    "unknown model": (["--model_name", "resnet"], "invalid choice: 'resnet'"),
+    "unknown scheme": (["--train_type", "betti"], "invalid choice: 'betti'"),
+    "unknown data set": (["--dataset_name", "digit"], "digits"),
+    "rho 0": (["--rho", "0"], "over 0"),
+    "rho -1": (["--rho", "-1"], "over 0"),
+    "rho 1.5": (["--rho", "1.5"], "at most 1"),
+    "rho nan": (["--rho", "nan"], "'nan'"),
+    "rho x": (["--rho", "x"], "'x'"),
+    "batch size 0": (["--batch_size", "0"], "at least 1"),
+    "batch size 3": (["--batch_size", "3"], "at least 4 images"),
+    "abbreviation": (["--model", "vgg16"], "unrecognized"),
+    "boolean": (["--save_model", "maybe"], "true or false"),
+    "input size": (["--input_size", "31"], "at least 32"),
+    "input size of a ViT": (["--model_name", "vit", "--input_size", "40"], "multiple of 16"),
+    "num_classes": (["--num_classes", "11"], "has 10"),
+    "weights missing": (["--weights", "{tmp}/no.h5"], "no such file"),
+    "weights cut short": (["--weights", "{tmp}/short.h5"], "short.h5"),
+    "image folder missing": ([*FOLDER, "{tmp}/none"], "none"),
+    "image folder empty": ([*FOLDER, "{tmp}/empty"], "empty"),
+    "image folder of one class": ([*FOLDER, "{tmp}/one"], "class"),
+    "data folder beneath a file": (["--data_dir", "{tmp}/file/x"], "--data_dir"),
+    "layers match nothing": (["--train_type", "listed_layers", "--layers", "zzz"], "found in none of"),
+    "layers of another scheme": (["--layers", "conv"], "listed_layers"),
+    "listed_layers without layers": (["--train_type", "listed_layers"], "--layers"),
+    "run name taken": (["--run_name", "name", "--log_dir", "{tmp}/taken"], "'name'"),
+    "run name with a path": (["--run_name", "../name"], "plain folder name"),
+    "log folder beneath a file": (["--log_dir", "{tmp}/file/logs"], "--log_dir"),
+}
+
+
+@pytest.fixture
+def bad_files(tmp_path):
+    """The files that BAD_INPUT names."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "one" / "cat").mkdir(parents=True)
+    keras.utils.save_img(tmp_path / "one" / "cat" / "a.png", np.zeros((8, 8, 3)))
+    (tmp_path / "short.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(20))
+    (tmp_path / "taken" / "name").mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_writes_nothing(case, bad_files, monkeypatch, capsys, data_dir):
+    argv, says = BAD_INPUT[case]
+    argv = [word.replace("{tmp}", str(bad_files)) for word in argv]
+    if case in ("batch size 3", "layers match nothing"):  # found on the network; a small one will do
+        monkeypatch.setattr(models, "build", lambda cfg, classes: network_of(tiny_model(input_size=32)))
+    monkeypatch.chdir(bad_files)
+    before = set(bad_files.rglob("*"))
+    assert main(["--data_dir", data_dir, *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and says in err, err
+    assert set(bad_files.rglob("*")) == before
+
+
+def test_weights_of_another_model_are_refused(tmp_path, capsys, data_dir):
+    tiny_model().save_weights(tmp_path / "tiny.weights.h5")
+    argv = ["--model_name", "vgg16", "--weights", str(tmp_path / "tiny.weights.h5"), "--data_dir", data_dir]
+    assert main([*argv, "--log_dir", str(tmp_path / "logs")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "logs").exists()
+
+
+def test_help_lists_every_scheme_and_data_set(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name in [*SCHEMES, *DATASETS]:
+        assert re.search(rf"^ +{name} ", text, re.MULTILINE), name
+    assert not re.search(r"%\(|None\)", text)
+
+
+@pytest.mark.parametrize(
+    "written, meant",
+    [("--save_model", True), ("--save_model yes", True), ("--save_model False", False), ("--save_model 0", False),
+     ("--save_model --save_model", True)],
+)  # fmt: skip
+def test_booleans(written, meant):
+    assert flags.parse(written.split()).save_model is meant
+
+
+def test_defaults_stand_in_the_tables():
+    assert flags.parse(["--train_type", "bettitrain"]).train_type == "act_norm_betti_train"
+    photos = flags.parse(["--dataset_name", "flowers102", "--train_type", "full_training"])
+    assert (photos.input_size, photos.num_epochs, photos.rho, photos.learning_rate) == (224, 40, None, 1e-3)
+    assert flags.parse([]).rho == 0.1
