@@ -246,6 +246,11 @@ def resolve(args):
             f"--layers goes with --train_type listed_layers. Received: --train_type {given['train_type']}; change "
             "one of them."
         )
+    if args.layers is None and "layers" in scheme.reads:
+        raise UsageError(
+            f"{given['train_type']} trains the layers that --layers names. Received: no --layers; give a regular "
+            "expression or @FILE."
+        )
     unread = sorted(flag for flag in SELECTION_FLAGS - scheme.reads if given[flag] is not None)
     if unread:
         log.warning("%s does not read %s: ignored.", given["train_type"], ", ".join(f"--{flag}" for flag in unread))

@@ -10,7 +10,6 @@ time and peak memory. README.md has the other flags, and what to expect.
 """
 
 import contextlib
-import dataclasses
 import logging
 import signal
 import sys
@@ -76,11 +75,12 @@ def run(cfg, early_log):
     from memory_utils import measured_peak
 
     # All that can be wrong with the input comes to light before there is a run folder.
-    runtime.seed_everything(cfg.seed)
     images = data.load(cfg)
-    network = models.build(cfg, images.num_classes)
+    runtime.seed_everything(cfg.seed)  # after the data: preparing a set draws random numbers of its own
+    network = models.assemble(cfg, images.num_classes)
     scheme = SCHEMES[cfg.train_type]
     scheme.check(network, cfg, images.split_sizes["train"])
+    network = models.load_weights(network, cfg)
 
     folder = run_folder.RunFolder(cfg, early_log)
     folder.write_json("config.json", report.config_record(cfg, images, network, folder))
@@ -124,7 +124,7 @@ def list_layers(cfg):
     runtime.load_tensorflow()
     import models
 
-    network = models.build(dataclasses.replace(cfg, weights="none"), cfg.num_classes or 2)
+    network = models.assemble(cfg, cfg.num_classes or 2)
     print("\n".join(candidate.path for candidate in network.candidates))
     return 0
 

@@ -136,9 +136,12 @@ class RunFolder:
 
     def save_model(self, model):
         """Writes model.keras: raw images to logits, loadable by plain Keras."""
+        import keras
+
         temporary = self.path / ".model.keras"
         try:
-            model.save(temporary, include_optimizer=False)
+            # The same layers, not compiled: without optimizer and metrics of ours to load.
+            keras.Model(model.inputs, model.outputs, name=model.name).save(temporary)
             os.replace(temporary, self.path / "model.keras")
         finally:
             temporary.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import io
 import logging
 import os
 import sys
@@ -166,8 +167,11 @@ def prepare(builder, cfg):
     _check_reachable(builder, name)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()  # bars wreck log files
+    # TFDS talks on stdout, which is for results; of a set that ships with a library
+    # there is nothing to tell.
+    talk = sys.stderr if builder.url_infos else io.StringIO()
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+        with contextlib.redirect_stdout(talk):
             builder.download_and_prepare(
                 # One road to the data, and no hidden retries on a second host.
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False)

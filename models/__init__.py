@@ -5,7 +5,7 @@ checked, and `--help` printed, without waiting for them.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from errors import UsageError
@@ -91,28 +91,31 @@ WEIGHTS_EXTENSIONS = (".keras", ".weights.h5", ".h5")
 
 @dataclass(frozen=True)
 class Network:
-    """What `build` returns.
+    """A network and what the rest of the program needs to know of it.
 
     Attributes:
         model: keras.Model. Raw RGB images, float32 in 0..255, of shape
             (B, S, S, 3) to logits, float32 (B, num_classes).
         head: keras.layers.Dense. The new layer, named ``head``.
-        weights: dict. Provenance, JSON-ready: `source` (imagenet, file, none),
-            `path`, `sha256`, `matched_layers`, `backbone_layers`, `note`.
-        bn_stats: str or None. ``stored``, ``batch``, or None where the network
-            has no batch normalisation.
         candidates: list of models.layers.Candidate. The layers that can be
             chosen, in forward order, the head among them.
         trainable_weights: list of keras.Variable. All weights that can train,
             those of no candidate too; their paths are unique.
+        backbone: keras.Model. The network without preprocessing and head, on
+            the same layers.
+        weights: dict. Provenance, JSON-ready: `source` (imagenet, file, none),
+            `path`, `sha256`, `matched_layers`, `backbone_layers`, `note`.
+        bn_stats: str or None. ``stored``, ``batch``, or None where the network
+            has no batch normalisation.
     """
 
     model: Any
     head: Any
-    weights: dict
-    bn_stats: str | None
     candidates: list
     trainable_weights: list
+    backbone: Any = None
+    weights: dict | None = None
+    bn_stats: str | None = None
 
 
 def check_input_size(model_name, input_size):
@@ -133,8 +136,7 @@ def check_input_size(model_name, input_size):
 def check_weights(weights):
     """Raises UsageError where `--weights` names neither a keyword nor a readable weights file.
 
-    Only the name and the presence of the file are checked; its contents are
-    `build`'s business.
+    Whether the file's layers fit the network is `load_weights`'s business.
     """
     if weights in WEIGHTS_KEYWORDS:
         return
@@ -149,28 +151,59 @@ def check_weights(weights):
         raise UsageError(f"{rule}; received {weights!r}: no such file, check the path")
     if not os.access(path, os.R_OK):
         raise UsageError(f"{rule}; received {weights!r}: no permission to read it")
+    from models import weight_files  # imports h5py
+
+    with weight_files.open_layers(path):
+        pass  # a damaged file is found before any data set is downloaded
 
 
-def build(cfg, num_classes):
-    """Builds the network that `cfg` asks for, with its weights loaded.
+def assemble(cfg, num_classes):
+    """Builds the network that `cfg` asks for, with random weights.
 
-    Initial weights follow Keras's global seed, which the caller sets.
+    They follow Keras's global seed, which the caller sets.
 
     Args:
-        cfg: config.Config. Reads model_name, input_size, weights, bn_stats and
-            dropout.
+        cfg: config.Config. Reads model_name, input_size and dropout.
         num_classes: int. Width of the head.
 
     Returns:
-        A Network.
+        A Network whose `weights` and `bn_stats` are still None.
 
     Raises:
-        errors.UsageError: a size the backbone can't take, or a weights file that
-            is missing, damaged, or of another network.
-        errors.RunError: `--weights imagenet`, and they can't be had.
+        errors.UsageError: a size the backbone can't take.
     """
     check_input_size(cfg.model_name, cfg.input_size)
-    check_weights(cfg.weights)
     from models import backbones  # imports Keras
 
-    return backbones.build_network(cfg, num_classes)
+    return backbones.assemble(cfg, num_classes)
+
+
+def load_weights(network, cfg):
+    """Loads the backbone's weights and sets the policy of batch normalisation.
+
+    Args:
+        network: Network, from `assemble`.
+        cfg: config.Config. Reads model_name, input_size, weights and bn_stats.
+
+    Returns:
+        The Network with its `weights` and `bn_stats`.
+
+    Raises:
+        errors.UsageError: a weights file that is missing, damaged, or of another
+            network.
+        errors.RunError: `--weights imagenet`, and they can't be had.
+    """
+    check_weights(cfg.weights)
+    from models import batchnorm, weights  # import Keras
+
+    provenance = weights.load(network.backbone, cfg)
+    bn_stats = None
+    if BACKBONES[cfg.model_name].has_batch_norm:
+        bn_stats = batchnorm.resolve(cfg.bn_stats, pretrained=provenance["source"] != "none")
+        batchnorm.MODES[bn_stats](network.model)
+    return replace(network, weights=provenance, bn_stats=bn_stats)
+
+
+def build(cfg, num_classes):
+    """Returns the Network of `cfg`, ready to train: `assemble`, then `load_weights`."""
+    return load_weights(assemble(cfg, num_classes), cfg)

@@ -2,7 +2,7 @@
 
 import keras
 
-from models import BACKBONES, Network, batchnorm, weights
+from models import BACKBONES, Network
 from models.layers import find_candidates
 from models.layers import find_candidates
 
@@ -27,28 +27,20 @@ def _symmetric(images):
 PREPROCESSING = {"caffe": _caffe, "symmetric": _symmetric}
 
 
-def build_network(cfg, num_classes):
-    """Builds a Network; see `models.build`, which checks its arguments first."""
-    row = BACKBONES[cfg.model_name]
+def assemble(cfg, num_classes):
+    """Builds a Network without pretrained weights; see `models.assemble`."""
     images = keras.Input((cfg.input_size, cfg.input_size, 3), name="images")
-    preprocessed = PREPROCESSING[row.preprocessing](images)
+    preprocessed = PREPROCESSING[BACKBONES[cfg.model_name].preprocessing](images)
     backbone, features = _FEATURES[cfg.model_name](preprocessed)
     features = keras.layers.Dropout(cfg.dropout, name="dropout")(features)  # (B, C)
     head = keras.layers.Dense(num_classes, name="head")
     model = keras.Model(images, head(features), name=cfg.model_name)
-
-    provenance = weights.load(backbone, cfg)
-    bn_stats = None
-    if row.has_batch_norm:
-        bn_stats = batchnorm.resolve(cfg.bn_stats, pretrained=provenance["source"] != "none")
-        batchnorm.MODES[bn_stats](model)
     return Network(
         model=model,
         head=head,
-        weights=provenance,
-        bn_stats=bn_stats,
         candidates=find_candidates(model),
         trainable_weights=list(model.trainable_weights),
+        backbone=backbone,
     )
 
 

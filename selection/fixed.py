@@ -46,11 +46,6 @@ def check_listed(network, cfg, num_images):
 
 def _listed_paths(network, cfg):
     eligible = eligible_paths(network, cfg)
-    if cfg.layers is None:
-        raise UsageError(
-            "listed_layers trains the layers that --layers names. Received: no --layers; give a regular "
-            "expression or @FILE."
-        )
     if not cfg.layers.startswith("@"):
         return matching(eligible, cfg.layers, "--layers")
     named = _read_list(cfg.layers[1:])

@@ -17,7 +17,7 @@ import models
 import train
 from data import DATASETS
 from main import main
-from models import batchnorm
+from models import weights
 from selection import SCHEMES
 
 ROOT = Path(__file__).parent.parent
@@ -40,17 +40,16 @@ def metrics_of(run):
         return list(csv.DictReader(file))
 
 
+def assemble_tiny(cfg, num_classes):
+    return network_of(tiny_model(input_size=cfg.input_size, num_classes=num_classes))
+
+
 @pytest.fixture
 def tiny(monkeypatch, tmp_path, data_dir):
     """Gives main() with a tiny network in place of the backbone, logging to tmp_path/logs."""
 
-    def build(cfg, num_classes):
-        model = tiny_model(input_size=cfg.input_size, num_classes=num_classes)
-        bn_stats = batchnorm.resolve(cfg.bn_stats, pretrained=False)
-        batchnorm.MODES[bn_stats](model)
-        return network_of(model, bn_stats)
-
-    monkeypatch.setattr(models, "build", build)
+    monkeypatch.setattr(models, "assemble", assemble_tiny)
+    monkeypatch.setattr(weights, "load", lambda backbone, cfg: {"source": "none"})
     few = ["--limit_train", "160", "--limit_test", "40", "--batch_size", "16", "--num_epochs", "2", "--data_dir", data_dir]
     return lambda *argv: main([*few, "--log_dir", str(tmp_path / "logs"), *argv])
 
@@ -216,10 +215,13 @@ def test_what_breaks_a_run_off_leaves_a_summary(tiny, tmp_path, monkeypatch, cap
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_list_layers_prints_paths_that_layers_takes_back(capsys, tmp_path, tiny):
+def test_list_layers_prints_paths_and_nothing_else(capsys):
     assert main(["--list_layers", "--model_name", "vgg16"]) == 0
     paths = capsys.readouterr().out.splitlines()
     assert len(paths) == 14 and paths[0] == "block1_conv1" and paths[-1] == "head"
+
+
+def test_layers_takes_such_a_list(tmp_path, tiny):
     (tmp_path / "list").write_text("deep\nbranch\n")
     assert tiny("--train_type", "listed_layers", "--layers", f"@{tmp_path}/list", "--select_only") == 0
     assert run_of(tmp_path / "logs")[1]["selection.json"]["selected"] == ["branch", "deep"]
@@ -278,7 +280,7 @@ def test_bad_input_is_one_line_and_writes_nothing(case, bad_files, monkeypatch, 
     argv, says = BAD_INPUT[case]
     argv = [word.replace("{tmp}", str(bad_files)) for word in argv]
     if case in ("batch size 3", "layers match nothing"):  # found on the network; a small one will do
-        monkeypatch.setattr(models, "build", lambda cfg, classes: network_of(tiny_model(input_size=32)))
+        monkeypatch.setattr(models, "assemble", assemble_tiny)
     monkeypatch.chdir(bad_files)
     before = set(bad_files.rglob("*"))
     assert main(["--data_dir", data_dir, *argv]) == 2
@@ -299,7 +301,7 @@ def test_help_lists_every_scheme_and_data_set(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     for name in [*SCHEMES, *DATASETS]:
-        assert re.search(rf"^ +{name} ", text, re.MULTILINE), name
+        assert re.search(rf"^.* {name}  ", text, re.MULTILINE), name
     assert not re.search(r"%\(|None\)", text)
 
 

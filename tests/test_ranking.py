@@ -108,5 +108,3 @@ def test_a_list_that_fits_no_network_is_refused(network, tmp_path, content, rule
     file.write_text(content)
     with pytest.raises(UsageError, match=rule):
         fixed.check_listed(network, Config(layers=f"@{file}"), 100)
-    with pytest.raises(UsageError, match="no --layers"):
-        fixed.check_listed(network, Config(layers=None), 100)
