@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from networks import network_of, tiny_model
 
+import archives
 import flags
 import models
 import train
@@ -194,6 +195,16 @@ def test_a_flag_that_the_scheme_does_not_read_is_named_and_null(tiny, tmp_path, 
     run, records = run_of(tmp_path / "logs")
     assert run.name == "resnet50_digits_traditional_tl_training_seed0"
     assert records["config.json"]["rho"] is records["summary.json"]["rho"] is None
+
+
+@pytest.mark.parametrize("name", ["caltech_birds2011", "oxford_iiit_pet", "stanford_dogs", "flowers102"])
+def test_a_photo_set_prepared_by_its_real_builder_trains(name, tiny, tmp_path, monkeypatch):
+    archives.prepare_miniature(name, tmp_path / "tfds", monkeypatch, tmp_path)
+    argv = ["--dataset_name", name, "--input_size", "32", "--batch_size", "4", "--num_epochs", "1", "--data_dir", str(tmp_path / "tfds")]
+    assert tiny(*argv, "--train_type", "act_norm_betti_train") == 0
+    run, records = run_of(tmp_path / "logs")
+    assert records["summary.json"]["status"] == "done" and len(metrics_of(run)) == 1
+    assert records["config.json"]["dataset_version"] == DATASETS[name].tfds
 
 
 def test_divergence_ends_the_run_with_a_summary_and_advice(tiny, tmp_path, capsys):
