@@ -14,13 +14,14 @@ import numba
 import numpy as np
 
 # Columns that one tile of 4 x 4 pairs sums up in float32 before it adds to the
-# float64 total; 32 rows of them stay in a core's second-level cache.
-_BLOCK = 1024
+# float64 total; 32 rows of them stay in a core's cache.
+_BLOCK = 512
 
-# Largest relative error of a squared distance so computed: each of at least 4
-# SIMD lanes adds _BLOCK / 4 non-negative terms, with a rounding of 2**-24 each,
-# and a term has three of its own.
-_ERROR = (_BLOCK / 4 + 4) * 2.0**-24
+# Largest relative error of a squared distance so computed: each of 8 SIMD lanes
+# or more adds up to _BLOCK / 8 non-negative terms, with a rounding of 2**-24
+# each, and a term has three of its own. (With 4 lanes the worst case is twice
+# that, if all roundings went one way.)
+_ERROR = (_BLOCK / 8 + 4) * 2.0**-24
 
 # Squared distances outside of this range may have lost terms to float32's ends.
 _SMALLEST, _LARGEST = 1e-25, 1e30
