@@ -14,6 +14,7 @@ from data import DATASETS, dataset_row
 from errors import UsageError
 from models import BACKBONES, check_input_size, check_weights
 from selection import ALIASES, SCHEMES, SELECTION_FLAGS
+from selection.betti import MIN_POINTS
 
 log = logging.getLogger("adabet")
 
@@ -105,7 +106,12 @@ def make_parser():
         "--interval", type=_integer(1), default=None, help="epochs between re-selections, for schemes that re-select"
     )
     group.add_argument(
-        "--num_betti_batches", type=_integer(1), default=None, help=f"batches the ranking looks at (default: {_BATCHES})"
+        "--num_betti_batches", type=_integer(1), default=None, help=f"point clouds the ranking looks at (default: {_BATCHES})"
+    )
+    group.add_argument(
+        "--betti_points",
+        type=_integer(MIN_POINTS),
+        help="images in a point cloud, whatever the batch of the training (default: --batch_size)",
     )
     group.add_argument("--layers", help="for listed_layers: a regular expression on layer paths, or @FILE with a list")
     group.add_argument("--exclude_layers", metavar="REGEX", help="layers that must not be chosen")

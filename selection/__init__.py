@@ -29,7 +29,6 @@ class Scheme:
         reads: frozenset of str. The flags of selection that it reads.
         rho: float. Default of `--rho`, for schemes that read it.
         learning_rate: float. Default of `--learning_rate`.
-        uses_images: bool. It looks at training images, so its cost is measured.
     """
 
     help: str
@@ -38,17 +37,16 @@ class Scheme:
     reads: frozenset
     learning_rate: float
     rho: float = 0.1
-    uses_images: bool = False
 
 
 # Flags that some schemes don't read: those warn of them, and record null.
-SELECTION_FLAGS = frozenset({"rho", "interval", "num_betti_batches", "layers", "exclude_layers"})
+SELECTION_FLAGS = frozenset({"rho", "interval", "num_betti_batches", "betti_points", "layers", "exclude_layers"})
 
 _RANKING = frozenset({"rho", "num_betti_batches", "exclude_layers"})
 
 
 def _topology(select, help):
-    return Scheme(help, select, topology.check, _RANKING, learning_rate=1e-2, uses_images=True)
+    return Scheme(help, select, topology.check, _RANKING | {"betti_points"}, learning_rate=1e-2)
 
 
 SCHEMES = {

@@ -188,6 +188,14 @@ def test_fewer_full_batches_than_asked_for_are_said(tiny, tmp_path, capsys):
     assert len(records["selection.json"]["layers"][0]["betti_1_per_batch"]) == 3
 
 
+def test_betti_points_sets_the_clouds_apart_from_the_batch(tiny, tmp_path):
+    assert tiny("--select_only", "--betti_points", "40", "--num_betti_batches", "2") == 0
+    _, records = run_of(tmp_path / "logs")
+    for row in records["selection.json"]["layers"]:
+        assert len(row["betti_1_per_batch"]) == 2
+        assert row["score"] == pytest.approx(row["betti_1"] / (40 * row["activation_size"]))
+
+
 def test_a_flag_that_the_scheme_does_not_read_is_named_and_null(tiny, tmp_path, capsys):
     assert tiny("--train_type", "traditional_tl_training", "--rho", "0.5", "--num_betti_batches", "2") == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Warning")]
