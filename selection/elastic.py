@@ -17,7 +17,7 @@ import numpy as np
 from errors import RunError, UsageError
 from selection.backward_budget import backward_share, backward_time, most_important
 from selection.ranking import eligible_paths, select_weights
-from selection.timing import tensors, timings, training_s
+from selection.timing import seconds_of, tensors, timings, training_pass
 
 log = logging.getLogger("adabet")
 
@@ -127,7 +127,7 @@ def _gradient_pass(network):
 def _select(network, batches, cfg, importance):
     images, labels = next(iter(batches(cfg.batch_size, 1)))
     cost = timings(network, cfg, int(images.shape[0]))
-    full_s = training_s(network, [weight.path for weight in tensors(network)], images, labels)
+    full = training_pass(network, [weight.path for weight in tensors(network)])
     ratios = []  # of each choice so far: epochs that it is for, ratio predicted, ratio measured
 
     def choose(epoch):
@@ -135,7 +135,8 @@ def _select(network, batches, cfg, importance):
         _check_finite(network, worth)
         worth = worth / (np.abs(worth).max() or 1.0)
         chosen, predicted = affordable(network, worth, cost, cfg)
-        measured = training_s(network, chosen, images, labels) / full_s
+        full_s, chosen_s = seconds_of([full, training_pass(network, chosen)], images, labels)
+        measured = chosen_s / full_s
         ratios.append((min(cfg.interval, cfg.num_epochs - epoch), predicted, measured))
         log.info(
             "Chose %d of %d tensors: a step takes %.3f of a full one by the times of its parts, %.3f as measured; "

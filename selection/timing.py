@@ -121,8 +121,8 @@ def measured(network, batch_size, conditions):
     model = network.model
     images = tf.random.stateless_uniform((batch_size, *model.inputs[0].shape[1:]), (0, 1), 0, 255)
     labels = tf.zeros(batch_size, tf.int64)
-    forward_s = _seconds(tf.function(lambda images: model(images, training=False)), images)
-    step_s = training_s(network, [weight.path for weight in tensors(network)], images, labels)
+    (forward_s,) = seconds_of([tf.function(lambda images: model(images, training=False))], images)
+    (step_s,) = seconds_of([training_pass(network, [weight.path for weight in tensors(network)])], images, labels)
 
     shapes, by_kind = input_shapes(model, batch_size), {}
     own, through = {}, []
@@ -139,10 +139,10 @@ def measured(network, batch_size, conditions):
     return _timings(network, "measured", "s", forward_s, backward_s, own, through, conditions)
 
 
-def training_s(network, weight_paths, images, labels):
-    """Returns the seconds of one forward and backward pass that yields the gradients of these weights.
+def training_pass(network, weight_paths):
+    """Returns a function (images, labels) that computes the gradients of these weights, and updates nothing.
 
-    Nothing is updated: what a step adds on top of that, the optimizer, is small.
+    It stands for a training step, to which the optimizer adds little.
     """
     import tensorflow as tf
 
@@ -157,7 +157,7 @@ def training_s(network, weight_paths, images, labels):
             loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
         return tape.gradient(loss, weights)
 
-    return _seconds(gradients, images, labels)
+    return gradients
 
 
 def _timings(network, source, unit, forward, backward, own, through, conditions):
@@ -196,23 +196,28 @@ def _layer_seconds(candidate, shape):
                 output = layer(inputs, training=False)
             return tape.gradient(output, inputs if target is None else target, output_gradients=error)
 
-        return _seconds(gradient, inputs, error)
+        return seconds_of([gradient], inputs, error)[0]
 
     return [gradient_of(weight.value) for weight in candidate.weights], gradient_of(None)
 
 
-def _seconds(function, *args):
-    """Returns the seconds of the fastest of a few calls, after one that traces."""
+def seconds_of(functions, *args):
+    """Returns the seconds of the fastest of a few calls of each function, after one that traces.
+
+    They are called in turn, so that what else the machine does falls on all of them.
+    """
     import tensorflow as tf
 
-    function(*args)
-    fastest = math.inf
-    for _ in range(_REPEATS):
-        tf.test.experimental.sync_devices()
-        start = time.perf_counter()
+    for function in functions:
         function(*args)
-        tf.test.experimental.sync_devices()
-        fastest = min(fastest, time.perf_counter() - start)
+    fastest = [math.inf] * len(functions)
+    for _ in range(_REPEATS):
+        for i, function in enumerate(functions):
+            tf.test.experimental.sync_devices()
+            start = time.perf_counter()
+            function(*args)
+            tf.test.experimental.sync_devices()
+            fastest[i] = min(fastest[i], time.perf_counter() - start)
     return fastest
 
 
