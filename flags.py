@@ -100,10 +100,19 @@ def make_parser():
     group.add_argument(
         "--rho",
         type=_real(0, 1, open_low=True),
-        help=f"share of the layers that train\n(default: {_by_scheme('rho', lambda row: 'rho' in row.reads)})",
+        help="share of the layers that train; for elastic_training, of a full step's time\n"
+        f"(default: {_by_scheme('rho', lambda row: 'rho' in row.reads)})",
     )
     group.add_argument(
-        "--interval", type=_integer(1), default=None, help="epochs between re-selections, for schemes that re-select"
+        "--interval",
+        type=_integer(1),
+        help=f"epochs between re-selections or prunings, for schemes that have them (default: {_INTERVAL})",
+    )
+    group.add_argument(
+        "--timing",
+        choices=TIMINGS,
+        help="for elastic_training: what a weight's training costs, measured on this device or counted in FLOPs\n"
+        f"(default: {TIMINGS[0]})",
     )
     group.add_argument(
         "--num_betti_batches", type=_integer(1), default=None, help=f"point clouds the ranking looks at (default: {_BATCHES})"
@@ -149,6 +158,8 @@ def make_parser():
 
 _D = "(default: %(default)s)"
 _BATCHES = Config.num_betti_batches
+_INTERVAL = 4  # epochs
+TIMINGS = ("measured", "flops")
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -171,8 +182,11 @@ def _by_scheme(field, applies=lambda row: True):
     """Says a default of the schemes' rows: the commonest value, and who differs."""
     values = {name: getattr(row, field) for name, row in SCHEMES.items() if applies(row)}
     common = max(values.values(), key=list(values.values()).count)
-    others = "".join(f", {value:g} for {name}" for name, value in values.items() if value != common)
-    return f"{common:g}{others}"
+    others = {}
+    for name, value in values.items():
+        if value != common:
+            others.setdefault(value, []).append(name)
+    return f"{common:g}" + "".join(f"; {value:g} for {', '.join(names)}" for value, names in others.items())
 
 
 def _switch(default):
@@ -263,6 +277,8 @@ def resolve(args):
     defaults = {
         "rho": scheme.rho,
         "num_betti_batches": _BATCHES,
+        "interval": _INTERVAL,
+        "timing": TIMINGS[0],
         "learning_rate": scheme.learning_rate,
         "input_size": dataset.input_size,
         "num_epochs": dataset.num_epochs,
