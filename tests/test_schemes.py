@@ -37,6 +37,7 @@ class Images:
 
     steps_per_epoch = 3
     batch_size = 16
+    split_sizes = {"train": 64, "validation": 32, "test": 32}
 
     def __init__(self):
         self.images, self.labels = digits_images(64, 16)
