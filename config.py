@@ -32,6 +32,7 @@ class Config:
     num_betti_batches: int | None = 4
     layers: str | None = None  # a regular expression, or @FILE
     exclude_layers: str | None = None  # a regular expression
+    memory_budget_mb: float | None = None  # 10^6 bytes
     # Training
     batch_size: int = 32
     optimizer: str = "sgd"

@@ -17,7 +17,7 @@ import keras
 from tqdm import tqdm
 
 from errors import RunError
-from memory_utils import measured_training_step
+from memory_utils import estimated_training_step, measured_training_step
 
 log = logging.getLogger("adabet")
 
@@ -36,6 +36,9 @@ class Result:
         eval_s: float. Seconds of evaluation, all epochs and the last test.
         peak_bytes: int. The allocator's peak over a training step.
         device: str. Where that was measured.
+        estimated_bytes: int. The same peak, estimated before the first step.
+        budget_next_layer: str. Under --memory_budget_mb: the next layer of the ranking.
+        budget_next_bytes: int. The estimated peak with that layer.
     """
 
     status: str = "interrupted"
@@ -48,6 +51,9 @@ class Result:
     peak_bytes: int | None = None
     device: str | None = None
     advice: str | None = None
+    estimated_bytes: int | None = None
+    budget_next_layer: str | None = None
+    budget_next_bytes: int | None = None
 
 
 def make_optimizer(cfg, total_steps):
@@ -65,6 +71,17 @@ OPTIMIZERS = {
     "sgd": lambda common: keras.optimizers.SGD(momentum=0.9, **common),
     "adam": lambda common: keras.optimizers.Adam(**common),
 }
+
+
+def compile_model(network, cfg, total_steps):
+    """Compiles the network's model as every training here does, after `freeze`."""
+    network.model.compile(
+        optimizer=make_optimizer(cfg, total_steps),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        # XLA made a CPU step several times slower, and its first step minutes long.
+        jit_compile=False,
+    )
 
 
 def freeze(network, trained_weights):
@@ -139,17 +156,11 @@ def fine_tune(network, selection, data, cfg, folder, result):
     """
     model = network.model
     freeze(network, selection.trained_weights)
-    total_steps = cfg.num_epochs * data.steps_per_epoch
-    model.compile(
-        optimizer=make_optimizer(cfg, total_steps),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-        # XLA made a CPU step several times slower, and its first step minutes long.
-        jit_compile=False,
-    )
+    compile_model(network, cfg, cfg.num_epochs * data.steps_per_epoch)
     before = checksums(network)
 
     images, labels = next(iter(data.train_batches(0, 1)))
+    result.estimated_bytes = estimated_training_step(model, images.shape)
     peak, first_step_s = measured_training_step(model, images, labels, changing_variables(network))
     result.peak_bytes, result.device = peak.bytes, peak.device
     del images, labels

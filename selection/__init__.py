@@ -42,9 +42,9 @@ class Scheme:
 
 
 # Flags that some schemes don't read: those warn of them, and record null.
-SELECTION_FLAGS = frozenset({"rho", "interval", "num_betti_batches", "layers", "exclude_layers"})
+SELECTION_FLAGS = frozenset({"rho", "interval", "num_betti_batches", "layers", "exclude_layers", "memory_budget_mb"})
 
-_RANKING = frozenset({"rho", "num_betti_batches", "exclude_layers"})
+_RANKING = frozenset({"rho", "num_betti_batches", "exclude_layers", "memory_budget_mb"})
 
 
 def _topology(select, help):

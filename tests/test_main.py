@@ -25,7 +25,7 @@ SUMMARY = (
     "status model_name dataset_name train_type rho seed protocol weights accuracy val_accuracy epochs best_epoch "
     "selection_s compile_s train_s epoch_s eval_s peak_memory_bytes_measured selection_peak_memory_bytes peak_rss_bytes "
     "memory_device peak_memory_bytes_estimated memory_mb_published_convention num_trained_layers num_trained_weights "
-    "num_weights num_layers earliest_trained_layer"
+    "num_weights num_layers earliest_trained_layer memory_budget_mb budget_next_layer budget_next_bytes_estimated"
 ).split()
 
 
