@@ -27,7 +27,7 @@ class Estimate:
 
 
 def of_training(model, input_shape):
-    """Predicts the second training step on one resident batch, as `memory_utils` measures it.
+    """Predicts a training step on one resident batch, as `memory_utils` measures it.
 
     Args:
         model: compiled keras.Model, not yet trained, frozen as it will train.
@@ -41,9 +41,17 @@ def of_inference(model, input_shape):
     return of_step(step_graph.trace_inference(model, input_shape))
 
 
-def of_step(step, repetitions=2):
-    """Simulates a step on an allocator of its own; the last repetition counts."""
-    memory = executor.Memory(Allocator())
+def of_step(step, repetitions=2, allocator=None):
+    """Simulates a step on an allocator of its own; the last repetition counts.
+
+    Args:
+        step: step_graph.Step.
+        repetitions: int. How often the step runs; the second meets the free chunks
+            that the first has left.
+        allocator: object with `allocate`, `release` and `in_use`; None takes one
+            like TensorFlow's.
+    """
+    memory = executor.Memory(allocator or Allocator())
     for key, part, num_bytes in step.variables:
         memory.variables[key] = memory.allocate(num_bytes, part)
     for key, num_bytes in step.resident:

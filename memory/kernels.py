@@ -39,6 +39,9 @@ INEXPENSIVE = frozenset(
     "StopGradient".split()
 )
 
+# They look at a tensor's shape only.
+READS_SHAPE = frozenset({"Shape", "ShapeN", "Size", "Rank"})
+
 # Rough speeds of one core. They only decide which of two operations that run side by
 # side ends first.
 _BYTES_PER_S = 4e9

@@ -277,6 +277,8 @@ def _name_parts(ops, notes):
 
     def read_by_backward(op):
         for consumer, _ in itertools.chain(*op.consumers):
+            if ops[consumer].type in kernels.READS_SHAPE:
+                continue
             if not forward[consumer] or (ops[consumer].type in kernels.PASSES_ON and read_by_backward(ops[consumer])):
                 return True
         return False
