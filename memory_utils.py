@@ -16,7 +16,7 @@ measured. The three figures are never mixed:
 """
 
 import argparse
-import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import json
 import logging
@@ -25,9 +25,11 @@ import resource
 import statistics
 import sys
 import time
+import traceback
 from dataclasses import dataclass, replace
 
 import runtime
+from errors import RunError, UsageError
 
 log = logging.getLogger("adabet")
 
@@ -205,8 +207,14 @@ def measure_peak(cfg, num_classes, what="training", trained_weights=None):
     """
     # Spawned, not forked: a fork would inherit what this process has allocated.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(_measure, cfg, num_classes, what, trained_weights).result()
+    try:
+        with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+            return pool.submit(_measure, cfg, num_classes, what, trained_weights).result()
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise RunError(
+            f"the process that measured {what} was ended from outside, as a system does that runs out of memory; "
+            "try a smaller --batch_size or --input_size."
+        ) from error
 
 
 def _measure(cfg, num_classes, what, trained_weights):
@@ -322,10 +330,10 @@ def parse(argv):
 
 def main(argv=None):
     """Runs the command line; returns the exit code: 0, 2 for wrong use, 1 for a failure."""
-    from errors import RunError, UsageError
+    import run_folder
 
     argv = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+    run_folder.set_up_logging()
     try:
         cfg, own = parse(argv)
         if own.figure:
@@ -336,8 +344,11 @@ def main(argv=None):
         found = figures(cfg, cfg.num_classes)
     except SystemExit as stop:
         return stop.code
-    except (UsageError, RunError) as error:
-        log.error("%s", " ".join(str(error).split()))
+    except Exception as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        known = isinstance(error, (UsageError, RunError))
+        log.error("%s%s", "" if known else f"{type(error).__name__}: ", " ".join(str(error).split()))
         return 2 if isinstance(error, UsageError) else 1
     print(json.dumps(found.__dict__) if own.json else table(cfg, found))
     return 0

@@ -14,7 +14,7 @@ import memory_utils
 import models
 import train
 from config import Config
-from memory import budget, convention, estimate, step_graph
+from memory import budget, convention, estimate, figure, step_graph
 from memory.allocator import Allocator, Chunk
 from models import batchnorm
 
@@ -285,3 +285,14 @@ def test_a_real_budget_holds(tiny, tmp_path):  # noqa: F811
     summary = summary_of(tmp_path / "logs")
     assert summary["peak_memory_bytes_estimated"] <= middle * MB < summary["budget_next_bytes_estimated"]
     assert summary["budget_next_layer"]
+
+
+# ---------------------------------------------------------------- the figure
+
+
+def test_the_figure_is_drawn_twice_with_the_published_numbers_beside(tmp_path, monkeypatch):
+    # Each bar's figures are made up here: the real ones are memory_utils' and the convention's own tests.
+    monkeypatch.setattr(figure, "_figures", lambda cfg, bar: (100.0, 200.0 if bar == "inference" else None))
+    text = figure.draw(Config(batch_size=8), str(tmp_path / "figure.png"))
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert len(text.splitlines()) == 1 + 4 * 3 + 2 and "777" in text and "ImageNet" in text
