@@ -7,6 +7,7 @@
     estimate     the three together: a predicted peak and what it is made of
     budget       the longest prefix of a ranking that fits a number of bytes
     convention   the figure of the published plot, computed its way
+    figure       the published plot, drawn by convention and as measured
 
 memory_utils.py, one folder up, is where users and the other parts come in.
 """

@@ -18,7 +18,7 @@ class Estimate:
     Attributes:
         bytes: int. As the allocator would count it.
         split: dict from each of PARTS to its bytes at the peak; they add up to `bytes`.
-        peak_at: str. Path of the layer at which the peak stands.
+        peak_at: str. Path of the layer at which the peak stands, or ``optimizer``.
     """
 
     bytes: int

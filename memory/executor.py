@@ -4,7 +4,8 @@ The order decides the peak: whether a gradient is used up before the next one is
 made, and whether a weight is read again after its decay. TensorFlow's executor
 keeps a queue a thread. What an operation makes ready goes to the front of its
 thread's queue, the last of it at once; a thread with nothing to do takes from
-the back of another's.
+the back of another's. (That is its way on a CPU. On a GPU the order is another,
+and a stream's own; no estimate has been held against a measurement there.)
 """
 
 import heapq

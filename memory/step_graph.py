@@ -75,13 +75,25 @@ class Step:
     layer_scopes: dict
 
     def layer_of(self, op):
-        """Returns the path of the layer that an Op belongs to, or the scope it stands in."""
-        scope = op.name.removeprefix("gradient_tape/")
-        while scope:
-            if scope in self.layer_scopes:
-                return self.layer_scopes[scope]
+        """Returns the path of the layer that an Op belongs to, ``optimizer`` for its part, or else the op's name.
+
+        What stands in no layer, as a sum of gradients does, belongs to the layer
+        whose results it takes in.
+        """
+        found, seen = [op], set()
+        while found:
+            for candidate in found:
+                layer = self._scope_of(candidate.name.removeprefix("gradient_tape/"))
+                if layer:
+                    return layer
+            seen.update(candidate.index for candidate in found)
+            found = [p for p in self.ops if p.index not in seen and not seen.isdisjoint(p.out_edges)]
+        return op.name
+
+    def _scope_of(self, scope):
+        while scope and scope not in self.layer_scopes:
             scope = scope.rpartition("/")[0]
-        return op.name.removeprefix("gradient_tape/").split("/")[0]
+        return self.layer_scopes.get(scope)
 
 
 def trace(model, input_shape):
@@ -140,7 +152,9 @@ def _noting(model):
 
     def note_scope(layer, call):
         def noted(*args, **kwargs):
-            notes.layer_scopes.setdefault(tf.compat.v1.get_default_graph().get_name_scope(), layer.path)
+            scope = tf.compat.v1.get_default_graph().get_name_scope()
+            if scope:
+                notes.layer_scopes.setdefault(scope, layer.path)
             return call(*args, **kwargs)
 
         return noted
@@ -161,6 +175,7 @@ def _noting(model):
             yield notes
             return
         notes.optimizer = optimizer.name
+        notes.layer_scopes[optimizer.name] = "optimizer"
         # Past Keras's own __setattr__, which tracks what it is given.
         object.__setattr__(optimizer, "scale_loss", note_loss)
         object.__setattr__(optimizer, "apply_gradients", note_gradients)
