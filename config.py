@@ -34,6 +34,7 @@ class Config:
     betti_points: int | None = None  # images a cloud; None is the batch size
     layers: str | None = None  # a regular expression, or @FILE
     exclude_layers: str | None = None  # a regular expression
+    memory_budget_mb: float | None = None  # 10^6 bytes
     # Training
     batch_size: int = 32
     optimizer: str = "sgd"

@@ -124,6 +124,13 @@ def make_parser():
     )
     group.add_argument("--layers", help="for listed_layers: a regular expression on layer paths, or @FILE with a list")
     group.add_argument("--exclude_layers", metavar="REGEX", help="layers that must not be chosen")
+    group.add_argument(
+        "--memory_budget_mb",
+        type=_real(0, math.inf, open_low=True, open_high=True),
+        metavar="MB",
+        help="train the longest prefix of the ranking whose estimated peak memory fits (1 MB is 10^6 bytes);\n"
+        "instead of --rho, or under it where both are given",
+    )
     group.add_argument("--list_layers", **_switch(False), help="print the candidate layers' paths, and stop")
     group.add_argument("--select_only", **_switch(False), help="rank the layers, write the selection, and stop")
 
@@ -285,6 +292,8 @@ def resolve(args):
     }
     for flag in SELECTION_FLAGS - scheme.reads:
         given[flag] = defaults[flag] = None
+    if given["memory_budget_mb"] is not None:
+        defaults["rho"] = None  # the budget takes its place
     given.update({flag: value for flag, value in defaults.items() if given[flag] is None})
     check_input_size(args.model_name, given["input_size"])
     check_weights(args.weights)

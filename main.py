@@ -72,6 +72,7 @@ def run(cfg, early_log):
     import data
     import models
     import train
+    from memory import budget
     from memory_utils import measured_peak
 
     # All that can be wrong with the input comes to light before there is a run folder.
@@ -81,6 +82,8 @@ def run(cfg, early_log):
     scheme = SCHEMES[cfg.train_type]
     scheme.check(network, cfg, images.split_sizes["train"])
     network = models.load_weights(network, cfg)
+    if cfg.memory_budget_mb is not None:
+        budget.check(network, cfg, images.batch_size)
 
     folder = run_folder.RunFolder(cfg, early_log)
     folder.write_json("config.json", report.config_record(cfg, images, network, folder))
@@ -93,6 +96,9 @@ def run(cfg, early_log):
         with measured_peak() as peak:
             selection = scheme.select(network, images.selection_batches, cfg)
         selection_s = time.perf_counter() - start
+        if cfg.memory_budget_mb is not None:
+            selection, *following = budget.fit(network, selection, cfg, images.batch_size)
+            result.budget_next_layer, result.budget_next_bytes = following
         folder.write_json("selection.json", report.selection_record(cfg, selection))
         for name, content in selection.files.items():
             folder.write_json(name, content)

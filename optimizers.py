@@ -1,4 +1,4 @@
-"""The optimizers of a run; the loop trains with them, and ElasticTrainer looks one step ahead."""
+"""How a model is compiled here: by the loop, by memory_utils.py, and by ElasticTrainer's look one step ahead."""
 
 import keras
 
@@ -18,3 +18,14 @@ OPTIMIZERS = {
     "sgd": lambda common: keras.optimizers.SGD(momentum=0.9, **common),
     "adam": lambda common: keras.optimizers.Adam(**common),
 }
+
+
+def compile_model(model, optimizer):
+    """Compiles a model as every training here does; what trains has to be frozen or not before."""
+    model.compile(
+        optimizer=optimizer,
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        # XLA made a CPU step several times slower, and its first step minutes long.
+        jit_compile=False,
+    )

@@ -7,7 +7,7 @@ import math
 import statistics
 from dataclasses import asdict
 
-from memory_utils import peak_rss_bytes
+from memory_utils import convention_mb, peak_rss_bytes
 from run_folder import fingerprint, library_versions
 from runtime import device_facts
 
@@ -128,11 +128,14 @@ def summary_record(cfg, network, selection, selection_s, selection_peak, result)
         "selection_peak_memory_bytes": max(peaks, default=None),
         "peak_rss_bytes": peak_rss_bytes(),
         "memory_device": result.device,
-        "peak_memory_bytes_estimated": None,
-        "memory_mb_published_convention": None,
+        "peak_memory_bytes_estimated": result.estimated_bytes,
+        "memory_mb_published_convention": convention_mb(network, last.trained_weights) if last else None,
         **(trained_facts(network, last) if last else unknown),
         **dict.fromkeys(SCHEME_FACTS),
         **result.facts,
+        "memory_budget_mb": cfg.memory_budget_mb,
+        "budget_next_layer": result.budget_next_layer,
+        "budget_next_bytes_estimated": result.budget_next_bytes,
     }
 
 

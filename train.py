@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 import report
 from errors import RunError
-from memory_utils import measured_peak, measured_training_step
-from optimizers import make_optimizer
+from memory_utils import estimated_training_step, measured_peak, measured_training_step
+from optimizers import compile_model, make_optimizer
 
 log = logging.getLogger("adabet")
 
@@ -39,6 +39,9 @@ class Result:
         eval_s: float. Seconds of evaluation, all epochs and the last test.
         peak_bytes: int. The allocator's peak over a training step.
         device: str. Where that was measured.
+        estimated_bytes: int. The same peak, estimated before the first step.
+        budget_next_layer: str. Under --memory_budget_mb: the next layer of the ranking.
+        budget_next_bytes: int. The estimated peak with that layer.
         later: list of (epoch from 1, selection.Selection). The re-selections.
         reselection_s: float. Seconds that these took.
         reselection_peak_bytes: int. The allocator's peak over them.
@@ -55,6 +58,9 @@ class Result:
     peak_bytes: int | None = None
     device: str | None = None
     advice: str | None = None
+    estimated_bytes: int | None = None
+    budget_next_layer: str | None = None
+    budget_next_bytes: int | None = None
     later: list = field(default_factory=list)
     reselection_s: float = 0.0
     reselection_peak_bytes: int | None = None
@@ -201,20 +207,15 @@ def fine_tune(network, selection, data, cfg, folder, result):
         previous, optimizer = optimizer, make_optimizer(cfg, cfg.num_epochs * data.steps_per_epoch)
         if previous:
             carry_over(previous, optimizer, model.trainable_variables)
-        model.compile(
-            optimizer=optimizer,
-            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            metrics=["accuracy"],
-            # XLA made a CPU step several times slower, and its first step minutes long.
-            jit_compile=False,
-        )
+        compile_model(model, optimizer)
         # What a later selection trains has to be put back too, if the best epoch came before it.
         best.variables = model.variables if current.again else changing_variables(network)
         before = checksums(network)
         with additions(network, current) as penalties:
             images, labels = next(iter(data.train_batches(start, start + 1)))
+            result.estimated_bytes = max_known(result.estimated_bytes, estimated_training_step(model, images.shape))
             peak, first_step_s = measured_training_step(model, images, labels, changing_variables(network))
-            result.peak_bytes, result.device = max(peak.bytes or 0, result.peak_bytes or 0) or None, peak.device
+            result.peak_bytes, result.device = max_known(result.peak_bytes, peak.bytes), peak.device
             first_steps.append((first_step_s, len(clock.step_s)))
             del images, labels
 
@@ -258,6 +259,11 @@ def fine_tune(network, selection, data, cfg, folder, result):
     result.status = "done"
 
 
+def max_known(*values):
+    """Returns the largest of the values that aren't None, or None."""
+    return max((value for value in values if value is not None), default=None)
+
+
 def percent(accuracy, num_images):
     """Returns an accuracy in percent; Keras's own is a float32, of which the count of images is left exact."""
     return 100 * round(accuracy * num_images) / num_images
@@ -278,7 +284,7 @@ def reselect(selection, epoch, result):
     with measured_peak() as peak:
         following = selection.again(epoch)
     result.reselection_s += time.perf_counter() - start
-    result.reselection_peak_bytes = max(peak.bytes or 0, result.reselection_peak_bytes or 0) or None
+    result.reselection_peak_bytes = max_known(result.reselection_peak_bytes, peak.bytes)
     result.later.append((epoch + 1, following))
     left, came = (set(a.trained_weights) - set(b.trained_weights) for a, b in ((selection, following), (following, selection)))
     log.info(

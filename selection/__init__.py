@@ -41,12 +41,12 @@ class Scheme:
 
 # Flags that some schemes don't read: those warn of them, and record null.
 SELECTION_FLAGS = frozenset(
-    {"rho", "interval", "timing", "num_betti_batches", "betti_points", "layers", "exclude_layers"}
+    "rho interval timing num_betti_batches betti_points layers exclude_layers memory_budget_mb".split()
 )
 
-_RANKING = frozenset({"rho", "num_betti_batches", "exclude_layers"})
+_RANKING = frozenset({"rho", "num_betti_batches", "exclude_layers", "memory_budget_mb"})
 _ELASTIC = frozenset({"rho", "interval", "timing", "exclude_layers"})
-_CONTROL = frozenset({"rho", "exclude_layers"})
+_CONTROL = frozenset({"rho", "exclude_layers", "memory_budget_mb"})
 
 
 def _topology(select, help):

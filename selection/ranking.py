@@ -141,9 +141,18 @@ def select_top(network, cfg, scores, columns=(), stability=None):
     """
     eligible = set(eligible_paths(network, cfg))
     ranks = rank(scores, [candidate.path in eligible for candidate in network.candidates])
-    budget = layer_budget(cfg.rho, len(network.candidates))
+    # Under a memory budget alone the whole ranking stands to choice; memory/budget.py shortens it.
+    budget = layer_budget(1.0 if cfg.rho is None else cfg.rho, len(network.candidates))
     chosen = {c.path for c, place in zip(network.candidates, ranks) if place is not None and place <= budget}
     return _selection(network, chosen, scores, ranks, columns, budget, stability)
+
+
+def with_prefix(network, selection, length):
+    """Returns a Selection of the first `length` layers of the ranking of another one."""
+    chosen = {row["path"] for row in selection.layers if row["rank"] is not None and row["rank"] <= length}
+    scores = [row["score"] for row in selection.layers]
+    ranks = [row["rank"] for row in selection.layers]
+    return _selection(network, chosen, scores, ranks, selection.layers, length, selection.stability)
 
 
 def select_layers(network, chosen, other_weights=()):

@@ -1,0 +1,83 @@
+"""The longest prefix of a ranking that trains within a number of bytes.
+
+Longer prefixes train more and need more, so a bisection finds the place with
+few traces: the prefix it ends at fits, and the one with the next layer doesn't.
+(Chunk sizes move an estimate by about a per cent, so that a still longer prefix
+might slip under the budget by chance; none is looked for.)
+"""
+
+import logging
+
+import train
+from errors import UsageError
+from memory import estimate
+from optimizers import compile_model, make_optimizer
+from selection.ranking import with_prefix
+
+log = logging.getLogger("adabet")
+
+MB = 10**6
+
+
+def check(network, cfg, batch_size):
+    """Refuses a budget in which not even the head could be trained.
+
+    Args:
+        network: models.Network, its policy of batch normalisation set.
+        cfg: Config.
+        batch_size: int. Images of a training batch.
+
+    Raises:
+        UsageError: see there.
+    """
+    needed = peak_bytes(network, [weight.path for weight in network.head.weights], cfg, batch_size)
+    if needed > cfg.memory_budget_mb * MB:
+        raise UsageError(
+            f"--memory_budget_mb must allow for training the classifier alone, which is estimated to need "
+            f"{needed / MB:.1f} MB. Received: {cfg.memory_budget_mb:g}; raise it, or lower --batch_size or --input_size."
+        )
+
+
+def fit(network, selection, cfg, batch_size):
+    """Shortens a selection until its estimated peak fits the budget.
+
+    Args:
+        network: models.Network.
+        selection: selection.Selection with a ranking. No prefix longer than its own
+            is tried.
+        cfg: Config.
+        batch_size: int. Images of a training batch.
+
+    Returns:
+        selection: selection.Selection, the longest that fits; the head alone, at
+        worst.
+        next_layer: str or None. The layer of the ranking that comes next.
+        next_bytes: int or None. The estimated peak with that layer.
+    """
+    ranked = sorted((row for row in selection.layers if row["rank"] is not None), key=lambda row: row["rank"])
+    estimates = {}
+
+    def needs(length):
+        if length not in estimates:
+            weights = with_prefix(network, selection, length).trained_weights
+            estimates[length] = peak_bytes(network, weights, cfg, batch_size)
+            log.info("Estimated peak with the first %d layers: %.1f MB", length, estimates[length] / MB)
+        return estimates[length]
+
+    fits, too_long = 0, len(selection.selected) + 1
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        if needs(middle) <= cfg.memory_budget_mb * MB:
+            fits = middle
+        else:
+            too_long = middle
+    if fits == len(ranked):
+        return with_prefix(network, selection, fits), None, None
+    return with_prefix(network, selection, fits), ranked[fits]["path"], needs(fits + 1)
+
+
+def peak_bytes(network, trained_weights, cfg, batch_size):
+    """Returns the estimated peak of a training step in bytes; leaves the network frozen so."""
+    train.freeze(network, trained_weights)
+    compile_model(network.model, make_optimizer(cfg, total_steps=1))
+    return estimate.of_training(network.model, (batch_size, *network.model.inputs[0].shape[1:])).bytes

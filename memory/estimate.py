@@ -1,0 +1,68 @@
+"""Predicts the peak memory of a training step, and says what it is made of."""
+
+import os
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+from memory import executor, step_graph
+from memory.allocator import Allocator
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "temporary")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A predicted peak.
+
+    Attributes:
+        bytes: int. As the allocator would count it.
+        split: dict from each of PARTS to its bytes at the peak; they add up to `bytes`.
+        peak_at: str. Path of the layer at which the peak stands, or ``optimizer``.
+    """
+
+    bytes: int
+    split: dict
+    peak_at: str
+
+
+def of_training(model, input_shape):
+    """Predicts a training step on one resident batch, as `memory_utils` measures it.
+
+    Args:
+        model: compiled keras.Model, not yet trained, frozen as it will train.
+        input_shape: tuple (B, ...). The shape of a batch.
+    """
+    return of_step(step_graph.trace(model, input_shape))
+
+
+def of_inference(model, input_shape):
+    """Predicts a forward pass in inference mode; arguments as in `of_training`."""
+    return of_step(step_graph.trace_inference(model, input_shape))
+
+
+def of_step(step, repetitions=2, allocator=None):
+    """Simulates a step on an allocator of its own; the last repetition counts.
+
+    Args:
+        step: step_graph.Step.
+        repetitions: int. How often the step runs; the second meets the free chunks
+            that the first has left.
+        allocator: object with `allocate`, `release` and `in_use`; None takes one
+            like TensorFlow's.
+    """
+    memory = executor.Memory(allocator or Allocator())
+    for key, part, num_bytes in step.variables:
+        memory.variables[key] = memory.allocate(num_bytes, part)
+    for key, num_bytes in step.resident:
+        memory.variables[key] = memory.allocate(num_bytes, "activations")
+    for _ in range(repetitions):
+        memory.forget_peak()
+        executor.run(step, memory, num_threads())
+    split = {part: memory.peak_parts.get(part, 0) for part in PARTS}
+    return Estimate(memory.peak, split, step.layer_of(memory.peak_op) if memory.peak_op else "")
+
+
+def num_threads():
+    """Returns how many operations the executor runs side by side."""
+    return tf.config.threading.get_inter_op_parallelism_threads() or os.cpu_count() or 1

@@ -1,0 +1,90 @@
+"""The paper's plot of peak memory, drawn twice: by its convention, and as measured."""
+
+from dataclasses import replace
+
+import memory_utils
+import runtime
+from memory import convention
+from selection import SCHEMES
+
+MODELS = {"resnet50": "ResNet50", "vit": "ViT-B/16", "mobilenetv2": "MobileNetV2", "vgg16": "VGG16"}
+BARS = {"inference": "inference", "act_norm_betti_train": "AdaBet, rho 0.1", "full_training": "full training"}
+
+# MB, read off the published plot (37 classes, ImageNet weights), +-3.
+PUBLISHED = {
+    "resnet50": (243, 263, 777),
+    "vit": (84, 91, 387),
+    "mobilenetv2": (315, 319, 375),
+    "vgg16": (935, 935, 987),
+}
+
+
+def draw(cfg, path):
+    """Computes, measures and draws all four backbones.
+
+    Args:
+        cfg: Config. What is common to all: batch size, input size, optimizer,
+            weights, seed. Model and scheme are the plot's own.
+        path: str. The image to write.
+
+    Returns:
+        str. The figures as text.
+    """
+    runtime.load_tensorflow()
+    rows = {}
+    for model_name in MODELS:
+        own = replace(cfg, model_name=model_name, rho=0.1, num_betti_batches=cfg.num_betti_batches or 4)
+        rows[model_name] = {bar: _figures(replace(own, train_type=_scheme(bar)), bar) for bar in BARS}
+    _plot(cfg, rows, path)
+    return _text(rows, path)
+
+
+def _scheme(bar):
+    return bar if bar in SCHEMES else "full_training"
+
+
+def _figures(cfg, bar):
+    """Returns (MB by convention, measured MB) of one bar."""
+    network = memory_utils.build(cfg, cfg.num_classes)
+    if bar == "inference":
+        trained = ()
+        peak = memory_utils.measure_peak(cfg, cfg.num_classes, "inference")
+    else:
+        trained = memory_utils.select(network, cfg).trained_weights
+        peak = memory_utils.measure_peak(cfg, cfg.num_classes, "training", trained)
+    return convention.megabytes(network, trained), None if peak.bytes is None else peak.bytes / convention.MB
+
+
+def _plot(cfg, rows, path):
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen needed
+    from matplotlib import pyplot
+
+    drawing, axes = pyplot.subplots(1, 2, figsize=(11, 4))
+    titles = (
+        "published convention (batch 8 within it)",
+        f"measured (batch {cfg.batch_size}, {cfg.input_size} px, {cfg.optimizer})",
+    )
+    for column, (axis, title) in enumerate(zip(axes, titles)):
+        for position, (bar, label) in enumerate(BARS.items()):
+            heights = [rows[model_name][bar][column] or 0 for model_name in MODELS]
+            places = [model + (position - 1) * 0.27 for model in range(len(MODELS))]
+            axis.bar_label(axis.bar(places, heights, 0.25, label=label), fmt="%.0f", fontsize=7)
+        axis.set_xticks(range(len(MODELS)), MODELS.values())
+        axis.set_ylabel("peak memory (MB)")
+        axis.set_title(title, fontsize=10)
+    axes[0].legend(fontsize=8)
+    drawing.tight_layout()
+    drawing.savefig(path, dpi=150)
+    pyplot.close(drawing)
+
+
+def _text(rows, path):
+    lines = [f"{'':<12} {'':<16} {'published':>10} {'convention':>10} {'measured':>10}  MB"]
+    for model_name, bars in rows.items():
+        for published, (bar, (by_convention, measured)) in zip(PUBLISHED[model_name], bars.items()):
+            shown = "-" if measured is None else f"{measured:.0f}"
+            lines.append(f"{model_name:<12} {BARS[bar]:<16} {published:>10} {by_convention:>10.0f} {shown:>10}")
+    lines.append("The published figures of AdaBet hang on ImageNet weights: other weights choose other layers.")
+    return "\n".join([*lines, f"Drawn: {path}"])
