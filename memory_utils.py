@@ -18,6 +18,7 @@ measured. The three figures are never mixed:
 import argparse
 import concurrent.futures.process
 import contextlib
+import gc
 import json
 import logging
 import multiprocessing
@@ -98,6 +99,7 @@ def measured_training_step(model, images, labels, changing):
         peak: Peak, the median of the measured steps.
         first_step_s: float. Seconds of the first step, tracing included.
     """
+    gc.collect()  # the optimizers and traces of earlier compilations, such as a budget's, are in cycles
     model.optimizer.build(model.trainable_variables)
     state = [*changing, *model.optimizer.variables]
     before = [variable.numpy() for variable in state]

@@ -31,6 +31,8 @@ def check(network, cfg, batch_size):
         UsageError: see there.
     """
     needed = peak_bytes(network, [weight.path for weight in network.head.weights], cfg, batch_size)
+    # A selection comes next, and some take gradients: they are to find the network as it was.
+    train.freeze(network, [weight.path for weight in network.trainable_weights])
     if needed > cfg.memory_budget_mb * MB:
         raise UsageError(
             f"--memory_budget_mb must allow for training the classifier alone, which is estimated to need "
