@@ -46,5 +46,6 @@ class Config:
     save_model: bool = False
     save_txt: bool = False
     select_only: bool = False
+    prepare_only: bool = False
     list_layers: bool = False
     debug: bool = False

@@ -74,6 +74,9 @@ def make_parser():
     )
     group.add_argument("--image_dir", help="folder of images for --dataset_name image_folder")
     group.add_argument("--data_dir", help="TFDS folder (default: TFDS's own, ~/tensorflow_datasets)")
+    group.add_argument(
+        "--prepare_only", **_switch(False), help="fetch the data set and the ImageNet weights, and stop"
+    )
     group.add_argument("--num_classes", type=_integer(2), help="only checks the data, which say their own count")
     group.add_argument(
         "--protocol",
