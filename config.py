@@ -39,6 +39,7 @@ class Config:
     weight_decay: float = 5e-3
     global_clipnorm: float = 1.0  # 0 is off
     num_epochs: int = 10
+    strategy: str = "none"  # none, mirrored
     seed: int = 0
     # Output
     log_dir: str = "logs"

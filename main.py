@@ -17,6 +17,7 @@ import time
 import traceback
 
 import runtime
+import distribution
 import report
 import run_folder
 from errors import RunError, UsageError
@@ -79,10 +80,14 @@ def run(cfg, early_log):
     # All that can be wrong with the input comes to light before there is a run folder.
     images = data.load(cfg)
     runtime.seed_everything(cfg.seed)  # after the data: preparing a set draws random numbers of its own
-    network = models.assemble(cfg, images.num_classes)
+    strategy = distribution.make(cfg)
+    distribution.check_batches(strategy, images.batch_size, images.split_sizes)
+    with distribution.scope(strategy):
+        network = models.assemble(cfg, images.num_classes)
     scheme = SCHEMES[cfg.train_type]
     scheme.check(network, cfg, images.split_sizes["train"])
-    network = models.load_weights(network, cfg)
+    with distribution.scope(strategy):
+        network = models.load_weights(network, cfg)
 
     folder = run_folder.RunFolder(cfg, early_log)
     folder.write_json("config.json", report.config_record(cfg, images, network, folder))

@@ -76,7 +76,8 @@ def measured_training_step(model, images, labels, changing):
         peak: Peak of the second step.
         first_step_s: float. Seconds of the first step, tracing included.
     """
-    model.optimizer.build(model.trainable_variables)
+    with model.distribute_strategy.scope():
+        model.optimizer.build(model.trainable_variables)
     state = [*changing, *model.optimizer.variables]
     before = [variable.numpy() for variable in state]
 

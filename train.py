@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import keras
 from tqdm import tqdm
 
+import distribution
 from errors import RunError
 from memory_utils import measured_training_step
 
@@ -58,7 +59,8 @@ def make_optimizer(cfg, total_steps):
         "weight_decay": cfg.weight_decay or None,
         "global_clipnorm": cfg.global_clipnorm or None,
     }
-    return OPTIMIZERS[cfg.optimizer](common)
+    optimizer = OPTIMIZERS[cfg.optimizer](common)
+    return optimizer if cfg.strategy == "none" else distribution.clip_the_sum(optimizer)
 
 
 OPTIMIZERS = {
@@ -140,21 +142,29 @@ def fine_tune(network, selection, data, cfg, folder, result):
     model = network.model
     freeze(network, selection.trained_weights)
     total_steps = cfg.num_epochs * data.steps_per_epoch
-    model.compile(
-        optimizer=make_optimizer(cfg, total_steps),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-        # XLA made a CPU step several times slower, and its first step minutes long.
-        jit_compile=False,
-    )
+    with model.distribute_strategy.scope():
+        model.compile(
+            optimizer=make_optimizer(cfg, total_steps),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=["accuracy"],
+            # XLA made a CPU step several times slower, and its first step minutes long.
+            jit_compile=False,
+        )
     before = checksums(network)
 
     images, labels = next(iter(data.train_batches(0, 1)))
-    peak, first_step_s = measured_training_step(model, images, labels, changing_variables(network))
+    share = len(labels) // model.distribute_strategy.num_replicas_in_sync  # what one device sees of a batch
+    peak, first_step_s = measured_training_step(model, images[:share], labels[:share], changing_variables(network))
     result.peak_bytes, result.device = peak.bytes, peak.device
     del images, labels
 
-    held_out, prefix = (data.validation_batches(), "val") if cfg.protocol == "validation" else (data.test_batches(), "test")
+    def held_out_batches(split, batches):
+        return distribution.even_batches(model.distribute_strategy, batches, data.split_sizes[split], data.batch_size)
+
+    if cfg.protocol == "validation":
+        held_out, prefix = held_out_batches("validation", data.validation_batches()), "val"
+    else:
+        held_out, prefix = held_out_batches("test", data.test_batches()), "test"
     clock = EpochClock(result, cfg, prefix, data.steps_per_epoch, folder)
     best = BestEpoch(changing_variables(network))
     model.fit(
@@ -178,7 +188,8 @@ def fine_tune(network, selection, data, cfg, folder, result):
     if cfg.protocol == "validation":
         result.val_accuracy = 100 * best.accuracy
         start = time.perf_counter()
-        result.accuracy = 100 * model.evaluate(data.test_batches(), verbose=0, return_dict=True)["accuracy"]
+        test = held_out_batches("test", data.test_batches())
+        result.accuracy = 100 * model.evaluate(test, verbose=0, return_dict=True)["accuracy"]
         result.eval_s += time.perf_counter() - start
     else:
         result.accuracy = 100 * best.accuracy
