@@ -280,7 +280,7 @@ def over_rho(found):
     """Yields a picture for each network and data set with a scheme at several rhos."""
     for pair, members, stem in by_pair(done(found)):
         lines, levels = {}, {}
-        for (name, runs) in run_folders.labelled(members).items():
+        for name, runs in run_folders.labelled(members).items():
             scheme, rho = runs[0].scheme
             by_seed, _ = run_folders.one_per_seed(runs)
             level = mean_and_sd([run.summary["accuracy"] for run in by_seed.values()])
@@ -300,6 +300,7 @@ def over_rho(found):
             axis.errorbar(rhos, means, sds if any(sds) else None, color=colour, marker=marker, capsize=2, label=name)
         for i, (name, (mean, _)) in enumerate(levels.items()):
             axis.axhline(mean, color=style[name][0], linestyle=DASHES[1 + i % 3], linewidth=1.2, label=name)
+        axis.set_xticks(sorted({rho for points in lines.values() for rho, *_ in points}))
         axis.set_xlabel("rho")
         axis.set_ylabel("test accuracy (%)")
         axis.set_title(f"{pair[0]} on {pair[1]}", loc="left", fontsize=9)
