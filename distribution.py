@@ -104,8 +104,11 @@ def _cardinality(count):
 
 
 def _even_batch_size(images, batch_size, devices):
-    """Returns the largest multiple of `devices` whose last batch reaches the last device too, or None."""
-    for size in range(batch_size // devices * devices, 0, -devices):
+    """Returns the largest multiple of `devices` whose last batch reaches the last device too, or None.
+
+    The first batch is a full one: Keras averages it over the devices, which takes equal parts.
+    """
+    for size in range(min(batch_size, images) // devices * devices, 0, -devices):
         last = images % size
         if last == 0 or last > size // devices * (devices - 1):  # the devices are filled one after the other
             return size
