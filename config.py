@@ -29,7 +29,9 @@ class Config:
     train_type: str = "act_norm_betti_train"
     rho: float | None = 0.1
     interval: int | None = None  # epochs
-    num_betti_batches: int | None = 4
+    timing: str | None = None  # measured, flops
+    num_betti_batches: int | None = 4  # point clouds
+    betti_points: int | None = None  # images a cloud; None is the batch size
     layers: str | None = None  # a regular expression, or @FILE
     exclude_layers: str | None = None  # a regular expression
     # Training

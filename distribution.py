@@ -13,7 +13,7 @@ from errors import UsageError
 STRATEGIES = ("none", "mirrored", "multi_worker_mirrored")
 
 
-def check(cfg):
+def check(cfg, reselects):
     """Refuses what the pinned Keras can't do.
 
     Its `fit` fails under MultiWorkerMirroredStrategy in two places: building the
@@ -22,7 +22,8 @@ def check(cfg):
     minimal case, which fails on the day that this is mended.
 
     Args:
-        cfg: Config. Reads strategy.
+        cfg: Config. Reads strategy and train_type.
+        reselects: bool. The scheme selects anew while it trains.
 
     Raises:
         UsageError: a strategy that can't work.
@@ -32,6 +33,11 @@ def check(cfg):
             "--strategy must be none or mirrored: Model.fit of Keras 3.15.1 fails under MultiWorkerMirroredStrategy, "
             "reducing scalar metrics along axis 0. Received: multi_worker_mirrored; use several machines with one run "
             "each (scripts/sweep.sh --launcher slurm)."
+        )
+    if cfg.strategy != "none" and reselects:
+        raise UsageError(
+            f"--strategy goes with schemes that select once. Received: {cfg.train_type}, which selects anew every "
+            "--interval epochs; leave out --strategy."
         )
 
 

@@ -16,6 +16,7 @@ from distribution import check as check_strategy
 from errors import UsageError
 from models import BACKBONES, check_input_size, check_weights
 from selection import ALIASES, SCHEMES, SELECTION_FLAGS
+from selection.betti import MIN_POINTS
 
 log = logging.getLogger("adabet")
 
@@ -104,13 +105,27 @@ def make_parser():
     group.add_argument(
         "--rho",
         type=_real(0, 1, open_low=True),
-        help=f"share of the layers that train\n(default: {_by_scheme('rho', lambda row: 'rho' in row.reads)})",
+        help="share of the layers that train; for elastic_training, of a full step's time\n"
+        f"(default: {_by_scheme('rho', lambda row: 'rho' in row.reads)})",
     )
     group.add_argument(
-        "--interval", type=_integer(1), default=None, help="epochs between re-selections, for schemes that re-select"
+        "--interval",
+        type=_integer(1),
+        help=f"epochs between re-selections or prunings, for schemes that have them (default: {_INTERVAL})",
     )
     group.add_argument(
-        "--num_betti_batches", type=_integer(1), default=None, help=f"batches the ranking looks at (default: {_BATCHES})"
+        "--timing",
+        choices=TIMINGS,
+        help="for elastic_training: what a weight's training costs, measured on this device or counted in FLOPs\n"
+        f"(default: {TIMINGS[0]})",
+    )
+    group.add_argument(
+        "--num_betti_batches", type=_integer(1), default=None, help=f"point clouds the ranking looks at (default: {_BATCHES})"
+    )
+    group.add_argument(
+        "--betti_points",
+        type=_integer(MIN_POINTS),
+        help="images in a point cloud, whatever the batch of the training (default: --batch_size)",
     )
     group.add_argument("--layers", help="for listed_layers: a regular expression on layer paths, or @FILE with a list")
     group.add_argument("--exclude_layers", metavar="REGEX", help="layers that must not be chosen")
@@ -154,6 +169,8 @@ def make_parser():
 
 _D = "(default: %(default)s)"
 _BATCHES = Config.num_betti_batches
+_INTERVAL = 4  # epochs
+TIMINGS = ("measured", "flops")
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -176,8 +193,11 @@ def _by_scheme(field, applies=lambda row: True):
     """Says a default of the schemes' rows: the commonest value, and who differs."""
     values = {name: getattr(row, field) for name, row in SCHEMES.items() if applies(row)}
     common = max(values.values(), key=list(values.values()).count)
-    others = "".join(f", {value:g} for {name}" for name, value in values.items() if value != common)
-    return f"{common:g}{others}"
+    others = {}
+    for name, value in values.items():
+        if value != common:
+            others.setdefault(value, []).append(name)
+    return f"{common:g}" + "".join(f"; {value:g} for {', '.join(names)}" for value, names in others.items())
 
 
 def _switch(default):
@@ -268,6 +288,8 @@ def resolve(args):
     defaults = {
         "rho": scheme.rho,
         "num_betti_batches": _BATCHES,
+        "interval": _INTERVAL,
+        "timing": TIMINGS[0],
         "learning_rate": scheme.learning_rate,
         "input_size": dataset.input_size,
         "num_epochs": dataset.num_epochs,
@@ -278,5 +300,5 @@ def resolve(args):
     check_input_size(args.model_name, given["input_size"])
     check_weights(args.weights)
     cfg = Config(**given)
-    check_strategy(cfg)
+    check_strategy(cfg, reselects="interval" in scheme.reads)
     return cfg

@@ -101,6 +101,8 @@ def run(cfg, early_log):
             selection = scheme.select(network, images.selection_batches, cfg)
         selection_s = time.perf_counter() - start
         folder.write_json("selection.json", report.selection_record(cfg, selection))
+        for name, content in selection.files.items():
+            folder.write_json(name, content)
         if cfg.select_only:
             print(report.ranking_table(selection))
             return 0

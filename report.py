@@ -12,6 +12,10 @@ from run_folder import fingerprint, library_versions
 from runtime import device_facts
 
 
+# What single schemes add to summary.json; None for the others.
+SCHEME_FACTS = ("rho_achieved_predicted", "rho_achieved_measured", "channels", "channels_pruned", "flops_remaining")
+
+
 def config_record(cfg, images, network, folder):
     """Returns the content of config.json: what was asked for, resolved, and on what it ran.
 
@@ -39,8 +43,14 @@ def config_record(cfg, images, network, folder):
     }
 
 
-def selection_record(cfg, selection):
-    """Returns the content of selection.json. It has no times, so that equal runs give equal bytes."""
+def selection_record(cfg, selection, later=()):
+    """Returns the content of selection.json. It has no times, so that equal runs give equal bytes.
+
+    Args:
+        cfg: Config.
+        selection: selection.Selection, the first.
+        later: sequence of (first epoch, from 1; selection.Selection). The re-selections.
+    """
     return {
         "scheme": cfg.train_type,
         "rho": cfg.rho,
@@ -50,7 +60,18 @@ def selection_record(cfg, selection):
         "head_added": selection.head_added,
         "trained_weights": list(selection.trained_weights),
         "stability": selection.stability,
+        **selection.details,
         "layers": selection.layers,
+        "reselected": [
+            {
+                "epoch": epoch,
+                "selected": list(chosen.selected),
+                "head_added": chosen.head_added,
+                "trained_weights": list(chosen.trained_weights),
+                **chosen.details,
+            }
+            for epoch, chosen in later
+        ],
     }
 
 
@@ -73,12 +94,15 @@ def summary_record(cfg, network, selection, selection_s, selection_peak, result)
     Args:
         cfg: Config.
         network: models.Network.
-        selection: selection.Selection, or None where the run ended before it.
-        selection_s: float or None. Seconds of the selection.
+        selection: selection.Selection, the first, or None where the run ended before
+            it. What trains is told of the last.
+        selection_s: float or None. Seconds of the first selection.
         selection_peak: memory_utils.Peak or None. The allocator's peak over it.
         result: train.Result.
     """
     seconds = [row["seconds"] for row in result.epochs]
+    last = result.later[-1][1] if result.later else selection
+    peaks = [peak for peak in (selection_peak and selection_peak.bytes, result.reselection_peak_bytes) if peak]
     unknown = dict.fromkeys(
         ("num_trained_layers", "num_trained_weights", "num_weights", "num_layers", "earliest_trained_layer")
     )
@@ -95,18 +119,20 @@ def summary_record(cfg, network, selection, selection_s, selection_peak, result)
         "val_accuracy": result.val_accuracy,
         "epochs": len(result.epochs),
         "best_epoch": result.best_epoch,
-        "selection_s": selection_s,
+        "selection_s": None if selection_s is None else selection_s + result.reselection_s,
         "compile_s": result.compile_s,
         "train_s": sum(seconds) if seconds else None,
         "epoch_s": statistics.median(seconds) if seconds else None,
         "eval_s": result.eval_s if seconds else None,
         "peak_memory_bytes_measured": result.peak_bytes,
-        "selection_peak_memory_bytes": selection_peak.bytes if selection_peak else None,
+        "selection_peak_memory_bytes": max(peaks, default=None),
         "peak_rss_bytes": peak_rss_bytes(),
         "memory_device": result.device,
         "peak_memory_bytes_estimated": None,
         "memory_mb_published_convention": None,
-        **(trained_facts(network, selection) if selection else unknown),
+        **(trained_facts(network, last) if last else unknown),
+        **dict.fromkeys(SCHEME_FACTS),
+        **result.facts,
     }
 
 

@@ -1,10 +1,11 @@
 """One fine-tuning loop for every scheme, on Model.fit.
 
-Read from top to bottom: the result, the optimizer, freezing, the loop, and the
-callbacks that time it and keep its best epoch. Which weights train was decided
-before; nothing here looks at a scheme's name.
+Read from top to bottom: the result, freezing, the loop, and the callbacks that
+time it and keep its best epoch. Which weights train was decided before; nothing
+here looks at a scheme's name.
 """
 
+import contextlib
 import logging
 import math
 import statistics
@@ -17,8 +18,10 @@ import keras
 from tqdm import tqdm
 
 import distribution
+import report
 from errors import RunError
-from memory_utils import measured_training_step
+from memory_utils import measured_peak, measured_training_step
+from optimizers import make_optimizer
 
 log = logging.getLogger("adabet")
 
@@ -37,6 +40,10 @@ class Result:
         eval_s: float. Seconds of evaluation, all epochs and the last test.
         peak_bytes: int. The allocator's peak over a training step.
         device: str. Where that was measured.
+        later: list of (epoch from 1, selection.Selection). The re-selections.
+        reselection_s: float. Seconds that these took.
+        reselection_peak_bytes: int. The allocator's peak over them.
+        facts: dict. What the scheme adds to the summary.
     """
 
     status: str = "interrupted"
@@ -49,24 +56,10 @@ class Result:
     peak_bytes: int | None = None
     device: str | None = None
     advice: str | None = None
-
-
-def make_optimizer(cfg, total_steps):
-    """Returns the optimizer: cosine decay to 0, decoupled weight decay, clipped gradients."""
-    schedule = keras.optimizers.schedules.CosineDecay(cfg.learning_rate, decay_steps=total_steps)
-    common = {
-        "learning_rate": schedule,
-        "weight_decay": cfg.weight_decay or None,
-        "global_clipnorm": cfg.global_clipnorm or None,
-    }
-    optimizer = OPTIMIZERS[cfg.optimizer](common)
-    return optimizer if cfg.strategy == "none" else distribution.clip_the_sum(optimizer)
-
-
-OPTIMIZERS = {
-    "sgd": lambda common: keras.optimizers.SGD(momentum=0.9, **common),
-    "adam": lambda common: keras.optimizers.Adam(**common),
-}
+    later: list = field(default_factory=list)
+    reselection_s: float = 0.0
+    reselection_peak_bytes: int | None = None
+    facts: dict = field(default_factory=dict)
 
 
 def freeze(network, trained_weights):
@@ -127,73 +120,180 @@ def check_what_moved(network, trained_weights, before):
         log.warning("%d of %d selected weights never moved, %s among them.", len(still), len(trained_weights), min(still))
 
 
+def carry_over(old, new, variables):
+    """Builds an optimizer that goes on where another stopped.
+
+    An optimizer knows the variables that it was built for and no others, so that a
+    new selection needs a new one. Weights that train in both keep their slots, the
+    others start from zero; the learning rate goes on.
+
+    Args:
+        old: keras.Optimizer.
+        new: keras.Optimizer, not built yet.
+        variables: list of keras.Variable. The weights that train from now on.
+    """
+    new.build(variables)
+    # A slot's name is made of its weight's path.
+    values = {slot.name: slot for slot in old.variables}
+    for slot in new.variables:
+        if slot.name in values:
+            slot.assign(values[slot.name])
+
+
+@contextlib.contextmanager
+def additions(network, selection):
+    """Lets the selection's penalties and constraints hold, by Keras's own hooks on single weights.
+
+    Args:
+        network: models.Network.
+        selection: selection.Selection.
+
+    Yields:
+        keras.callbacks.Callback for `fit`, that keeps the penalties out of held-out losses.
+    """
+    weights = [weight for weight in network.trainable_weights if weight.trainable]
+
+    def penalise(active):
+        for weight in weights:
+            weight.regularizer = selection.penalties.get(weight.path) if active else None
+
+    try:
+        for weight in weights:
+            weight.constraint = selection.constraints.get(weight.path)
+            if weight.constraint:
+                weight.assign(weight.constraint(weight.value))
+        penalise(True)
+        yield keras.callbacks.LambdaCallback(
+            on_test_begin=lambda logs: penalise(False), on_test_end=lambda logs: penalise(True)
+        )
+    finally:
+        penalise(False)
+        for weight in weights:
+            weight.constraint = None
+
+
 def fine_tune(network, selection, data, cfg, folder, result):
     """Trains the selected weights and measures what it took.
+
+    Where the selection wants to be asked again, the epochs are trained in segments
+    of `cfg.interval`, each with a selection of its own.
 
     Args:
         network: models.Network.
         selection: selection.Selection.
         data: data.Data.
         cfg: Config.
-        folder: run_folder.RunFolder. Takes metrics.csv and TensorBoard's events.
+        folder: run_folder.RunFolder. Takes metrics.csv, TensorBoard's events, and
+            selection.json anew after a re-selection.
         result: Result. Filled in as the training goes on, so that an
             interrupted one can still be reported.
     """
     model = network.model
-    freeze(network, selection.trained_weights)
-    total_steps = cfg.num_epochs * data.steps_per_epoch
-    with model.distribute_strategy.scope():
-        model.compile(
-            optimizer=make_optimizer(cfg, total_steps),
-            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            metrics=["accuracy"],
-            # XLA made a CPU step several times slower, and its first step minutes long.
-            jit_compile=False,
-        )
-    before = checksums(network)
-
-    images, labels = next(iter(data.train_batches(0, 1)))
-    share = len(labels) // model.distribute_strategy.num_replicas_in_sync  # what one device sees of a batch
-    peak, first_step_s = measured_training_step(model, images[:share], labels[:share], changing_variables(network))
-    result.peak_bytes, result.device = peak.bytes, peak.device
-    del images, labels
-
-    def held_out_batches(split, batches):
-        return distribution.even_batches(model.distribute_strategy, batches, data.split_sizes[split], data.batch_size)
-
-    if cfg.protocol == "validation":
-        held_out, prefix = held_out_batches("validation", data.validation_batches()), "val"
-    else:
-        held_out, prefix = held_out_batches("test", data.test_batches()), "test"
+    segment = cfg.interval if selection.again else cfg.num_epochs
+    held_out, prefix = (data.validation_batches(), "val") if cfg.protocol == "validation" else (data.test_batches(), "test")
+    split = "validation" if cfg.protocol == "validation" else "test"
+    held_out = distribution.even_batches(model.distribute_strategy, held_out, data.split_sizes[split], data.batch_size)
     clock = EpochClock(result, cfg, prefix, data.steps_per_epoch, folder)
-    best = BestEpoch(changing_variables(network))
-    model.fit(
-        data.train_batches(0, cfg.num_epochs),
-        epochs=cfg.num_epochs,
-        steps_per_epoch=data.steps_per_epoch,
-        validation_data=held_out,
-        verbose=0,
-        shuffle=False,  # the data are shuffled already, and Keras warns of doing both
-        callbacks=[StopWhenDiverged(result), clock, best, ProgressBar(),
-                   keras.callbacks.TensorBoard(folder.path / "tensorboard", write_graph=False)],
-    )
+    best = BestEpoch()
+    current, optimizer, first_steps = selection, None, []
+    for start in range(0, cfg.num_epochs, segment):
+        if start:
+            current = reselect(current, start, result)
+            folder.write_json("selection.json", report.selection_record(cfg, selection, result.later))
+        freeze(network, current.trained_weights)
+        previous, optimizer = optimizer, make_optimizer(cfg, cfg.num_epochs * data.steps_per_epoch)
+        if previous:
+            carry_over(previous, optimizer, model.trainable_variables)
+        with model.distribute_strategy.scope():
+            model.compile(
+                optimizer=optimizer,
+                loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+                metrics=["accuracy"],
+                # XLA made a CPU step several times slower, and its first step minutes long.
+                jit_compile=False,
+            )
+        # What a later selection trains has to be put back too, if the best epoch came before it.
+        best.variables = model.variables if current.again else changing_variables(network)
+        before = checksums(network)
+        with additions(network, current) as penalties:
+            images, labels = next(iter(data.train_batches(start, start + 1)))
+            share = len(labels) // model.distribute_strategy.num_replicas_in_sync  # what one device sees of a batch
+            peak, first_step_s = measured_training_step(
+                model, images[:share], labels[:share], changing_variables(network)
+            )
+            result.peak_bytes, result.device = max(peak.bytes or 0, result.peak_bytes or 0) or None, peak.device
+            first_steps.append((first_step_s, len(clock.step_s)))
+            del images, labels
+
+            end = min(start + segment, cfg.num_epochs)
+            model.fit(
+                data.train_batches(start, end),
+                initial_epoch=start,
+                epochs=end,
+                steps_per_epoch=data.steps_per_epoch,
+                validation_data=held_out,
+                verbose=0,
+                shuffle=False,  # the data are shuffled already, and Keras warns of doing both
+                callbacks=[penalties, StopWhenDiverged(result), clock, best, ProgressBar(cfg.num_epochs),
+                           keras.callbacks.TensorBoard(folder.path / "tensorboard", write_graph=False)],
+            )
+        check_what_moved(network, current.trained_weights, before)
+        if current.facts:
+            result.facts = current.facts()
+        if result.status == "diverged":
+            break
     step_s = statistics.median(clock.step_s)
-    result.compile_s = max(0.0, first_step_s - step_s) + max(0.0, clock.step_s[0] - step_s)
-    check_what_moved(network, selection.trained_weights, before)
+    result.compile_s = sum(
+        max(0.0, first_step_s - step_s) + max(0.0, clock.step_s[i] - step_s) for first_step_s, i in first_steps
+    )
     if result.status == "diverged":
         return
 
     best.restore()
     result.best_epoch = best.epoch
+    if current.facts:
+        result.facts = current.facts()  # of the model as it is reported
+    sizes = data.split_sizes
     if cfg.protocol == "validation":
-        result.val_accuracy = 100 * best.accuracy
+        result.val_accuracy = percent(best.accuracy, sizes["validation"])
         start = time.perf_counter()
-        test = held_out_batches("test", data.test_batches())
-        result.accuracy = 100 * model.evaluate(test, verbose=0, return_dict=True)["accuracy"]
+        test = distribution.even_batches(model.distribute_strategy, data.test_batches(), sizes["test"], data.batch_size)
+        tested = model.evaluate(test, verbose=0, return_dict=True)["accuracy"]
         result.eval_s += time.perf_counter() - start
     else:
-        result.accuracy = 100 * best.accuracy
+        tested = best.accuracy
+    result.accuracy = percent(tested, sizes["test"])
     result.status = "done"
+
+
+def percent(accuracy, num_images):
+    """Returns an accuracy in percent; Keras's own is a float32, of which the count of images is left exact."""
+    return 100 * round(accuracy * num_images) / num_images
+
+
+def reselect(selection, epoch, result):
+    """Asks a selection for the one that follows it, and accounts for what that took.
+
+    Args:
+        selection: selection.Selection with `again`.
+        epoch: int, from 0.
+        result: Result.
+
+    Returns:
+        selection.Selection.
+    """
+    start = time.perf_counter()
+    with measured_peak() as peak:
+        following = selection.again(epoch)
+    result.reselection_s += time.perf_counter() - start
+    result.reselection_peak_bytes = max(peak.bytes or 0, result.reselection_peak_bytes or 0) or None
+    result.later.append((epoch + 1, following))
+    left, came = (set(a.trained_weights) - set(b.trained_weights) for a, b in ((selection, following), (following, selection)))
+    log.info(
+        "Epoch %d: selected anew, %d weights train, %d of them new, %d no more",
+        epoch + 1, len(following.trained_weights), len(came), len(left),
+    )  # fmt: skip
+    return following
 
 
 class EpochClock(keras.callbacks.Callback):
@@ -249,11 +349,15 @@ class BestEpoch(keras.callbacks.Callback):
 
     Best is the highest held-out accuracy; ties go to the lower held-out loss,
     then to the earlier epoch.
+
+    Attributes:
+        variables: list of keras.Variable. What to keep.
     """
 
-    def __init__(self, variables):
+    variables = ()
+
+    def __init__(self):
         super().__init__()
-        self.variables = variables
         self.best = (-math.inf, -math.inf)
         self.epoch = None
 
@@ -265,10 +369,10 @@ class BestEpoch(keras.callbacks.Callback):
         this = (logs["val_accuracy"], -logs["val_loss"])
         if this > self.best:
             self.best, self.epoch = this, epoch + 1
-            self.values = [variable.numpy() for variable in self.variables]
+            self.values = [(variable, variable.numpy()) for variable in self.variables]
 
     def restore(self):
-        for variable, value in zip(self.variables, self.values):
+        for variable, value in self.values:
             variable.assign(value)
 
 
@@ -295,9 +399,13 @@ class StopWhenDiverged(keras.callbacks.Callback):
 class ProgressBar(keras.callbacks.Callback):
     """A bar of the epoch's steps on stderr, where that is a terminal."""
 
+    def __init__(self, num_epochs):
+        super().__init__()
+        self.num_epochs = num_epochs
+
     def on_epoch_begin(self, epoch, logs=None):
         total = self.params["steps"]
-        self.bar = tqdm(total=total, desc=f"Epoch {epoch + 1}/{self.params['epochs']}", unit="step", leave=False,
+        self.bar = tqdm(total=total, desc=f"Epoch {epoch + 1}/{self.num_epochs}", unit="step", leave=False,
                         disable=not sys.stderr.isatty())  # fmt: skip
 
     def on_train_batch_end(self, batch, logs=None):

@@ -10,7 +10,7 @@ Nothing here loads TensorFlow before a scheme runs.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from selection import fixed, topology
+from selection import controls, elastic, fisher, fixed, prunetrain, topology
 from selection.ranking import Selection
 
 __all__ = ["SCHEMES", "Scheme", "Selection"]
@@ -29,7 +29,6 @@ class Scheme:
         reads: frozenset of str. The flags of selection that it reads.
         rho: float. Default of `--rho`, for schemes that read it.
         learning_rate: float. Default of `--learning_rate`.
-        uses_images: bool. It looks at training images, so its cost is measured.
     """
 
     help: str
@@ -38,17 +37,28 @@ class Scheme:
     reads: frozenset
     learning_rate: float
     rho: float = 0.1
-    uses_images: bool = False
 
 
 # Flags that some schemes don't read: those warn of them, and record null.
-SELECTION_FLAGS = frozenset({"rho", "interval", "num_betti_batches", "layers", "exclude_layers"})
+SELECTION_FLAGS = frozenset(
+    {"rho", "interval", "timing", "num_betti_batches", "betti_points", "layers", "exclude_layers"}
+)
 
 _RANKING = frozenset({"rho", "num_betti_batches", "exclude_layers"})
+_ELASTIC = frozenset({"rho", "interval", "timing", "exclude_layers"})
+_CONTROL = frozenset({"rho", "exclude_layers"})
 
 
 def _topology(select, help):
-    return Scheme(help, select, topology.check, _RANKING, learning_rate=1e-2, uses_images=True)
+    return Scheme(help, select, topology.check, _RANKING | {"betti_points"}, learning_rate=1e-2)
+
+
+def _elastic(select, help):
+    return Scheme(help, select, elastic.check, _ELASTIC, learning_rate=1e-2, rho=0.533)
+
+
+def _control(select, help):
+    return Scheme(help, select, fixed.check_eligible, _CONTROL, learning_rate=1e-2)
 
 
 SCHEMES = {
@@ -62,6 +72,41 @@ SCHEMES = {
     ),
     "traditional_tl_training": Scheme(
         "the head alone", fixed.head_only, fixed.check_nothing, frozenset(), learning_rate=1e-2
+    ),
+    "bn_plus_bias_training": Scheme(
+        "scales, shifts and biases of all layers, and the head",
+        fixed.norms_and_biases,
+        fixed.check_eligible,
+        frozenset({"exclude_layers"}),
+        learning_rate=1e-2,
+    ),
+    "fisher": Scheme(
+        "the top rho by Fisher information: (activation x gradient)^2 / 2, with labels",
+        fisher.fisher,
+        fixed.check_eligible,
+        _RANKING,
+        learning_rate=1e-2,
+    ),
+    "elastic_training": _elastic(
+        elastic.by_update, "ElasticTrainer: weights by importance and time, re-selected; rho is a share of time"
+    ),
+    "elastic_training_weight_magnitude": _elastic(
+        elastic.by_weight_magnitude, "the same, importance being the weights' magnitude"
+    ),
+    "elastic_training_grad_magnitude": _elastic(
+        elastic.by_gradient_magnitude, "the same, importance being the gradients' magnitude"
+    ),
+    "prunetrain": Scheme(
+        "PruneTrain: every weight, under group lasso; emptied channels are pruned",
+        prunetrain.prunetrain,
+        fixed.check_eligible,
+        frozenset({"interval", "exclude_layers"}),
+        learning_rate=1e-3,
+    ),
+    "random_layers": _control(controls.at_random, "control: rho of the layers, at random by --seed"),
+    "last_layers": _control(controls.nearest_the_output, "control: the rho of the layers nearest the output"),
+    "smallest_activations": _control(
+        controls.smallest_activation, "control: the rho of the layers with the smallest activations"
     ),
     "listed_layers": Scheme(
         "the layers of --layers",

@@ -10,6 +10,11 @@ import numpy as np
 COEFFICIENT_FIELD = 2  # gudhi's own default is 11, ripser's is 2; torsion makes them differ
 MIN_POINTS = 4  # no Vietoris-Rips complex on fewer points has a loop
 
+# What counting the bars of one cloud of n points takes, fitted on random clouds
+# of 128 to 2,048 points in 3 and 50 dimensions: within a factor of two of each.
+_SECONDS_PER_POINT_CUBED = 6e-10
+_BYTES_PER_POINT_SQUARED = 64
+
 
 def betti_1(distances):
     """Returns the first Betti number of one point cloud.
@@ -46,6 +51,20 @@ def betti_1_of_each(matrices, num_threads=1):
     )
     diagrams = rips.fit_transform([_ranks(matrix) for matrix in matrices])
     return [int(np.count_nonzero(bars[:, 1] > bars[:, 0])) for bars in diagrams]
+
+
+def predicted_cost(num_points, num_clouds):
+    """Predicts what counting the bars of some clouds takes on one processor.
+
+    Args:
+        num_points: int. Points of a cloud.
+        num_clouds: int. Clouds, worked on one after the other.
+
+    Returns:
+        seconds: float.
+        peak_bytes: int.
+    """
+    return _SECONDS_PER_POINT_CUBED * num_points**3 * num_clouds, _BYTES_PER_POINT_SQUARED * num_points**2
 
 
 def _ranks(distances):

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from errors import UsageError
-from selection.ranking import eligible_paths, matching, select_layers
+from selection.ranking import eligible_paths, matching, select_layers, select_weights
 
 
 def everything(network, batches, cfg):
@@ -19,6 +19,19 @@ def everything(network, batches, cfg):
 def head_only(network, batches, cfg):
     """Trains the classification head, the new last layer."""
     return select_layers(network, {network.head.path})
+
+
+def norms_and_biases(network, batches, cfg):
+    """Trains scales, shifts and biases (gamma, beta, bias) of all layers, and the head."""
+    eligible = set(eligible_paths(network, cfg))
+    chosen = {
+        weight.path
+        for candidate in network.candidates
+        if candidate.path in eligible
+        for weight in candidate.weights
+        if any(weight is getattr(candidate.layer, name, None) for name in ("gamma", "beta", "bias"))
+    }
+    return select_weights(network, chosen | {weight.path for weight in network.head.weights})
 
 
 def listed(network, batches, cfg):

@@ -3,7 +3,8 @@
 import itertools
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -23,6 +24,16 @@ class Selection:
         layers: list of dict. One row a candidate, for selection.json.
         stability: float or None. Mean Kendall tau between the rankings by
             single batches.
+        details: dict. More entries for selection.json; no times.
+        files: dict from file name to JSON-ready content, for the run folder.
+        again: function (epoch, from 0) -> Selection for the epochs from there on,
+            or None. It is asked every `--interval` epochs.
+        penalties: dict from weight path to a function of the weight, whose value
+            is added to the training loss.
+        constraints: dict from weight path to a function from value to value, which
+            holds from the first epoch of this selection on, after every step.
+        facts: function () -> dict, or None. Entries for summary.json, as they
+            stand when it is called; names from `report.SCHEME_FACTS`.
     """
 
     trained_weights: tuple
@@ -31,6 +42,12 @@ class Selection:
     budget: int | None
     layers: list
     stability: float | None = None
+    details: dict = field(default_factory=dict)
+    files: dict = field(default_factory=dict)
+    again: Callable | None = None
+    penalties: dict = field(default_factory=dict)
+    constraints: dict = field(default_factory=dict)
+    facts: Callable | None = None
 
 
 def layer_budget(rho, num_layers):
@@ -139,6 +156,27 @@ def select_layers(network, chosen, other_weights=()):
     """
     unranked = [None] * len(network.candidates)
     return _selection(network, chosen, unranked, unranked, other_weights=other_weights)
+
+
+def select_weights(network, chosen, scores=None, **more):
+    """Returns the Selection of single weights, and of all of the head's.
+
+    A layer counts as selected where any of its weights is.
+
+    Args:
+        network: models.Network.
+        chosen: set of weight paths.
+        scores: sequence of float, one a candidate, for the report.
+        **more: further fields of the Selection.
+    """
+    layers = {c.path for c in network.candidates if any(w.path in chosen for w in c.weights)}
+    unranked = [None] * len(network.candidates)
+    trained = chosen | {weight.path for weight in network.head.weights}
+    return replace(
+        _selection(network, layers, scores or unranked, unranked),
+        trained_weights=tuple(w.path for w in network.trainable_weights if w.path in trained),
+        **more,
+    )
 
 
 def _selection(network, chosen, scores, ranks, columns=(), budget=None, stability=None, other_weights=()):

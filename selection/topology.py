@@ -9,11 +9,15 @@ import numpy as np
 from tqdm import tqdm
 
 from errors import RunError, UsageError
-from selection.betti import MIN_POINTS, betti_1_of_each
+from selection.betti import MIN_POINTS, betti_1_of_each, predicted_cost
 from selection.distances import num_workers
 from selection.ranking import eligible_paths, kendall_stability, select_top
 
 log = logging.getLogger("adabet")
+
+# More than this a selection's Vietoris-Rips part may not cost, by prediction.
+MAX_RIPS_S = 1800
+MAX_RIPS_BYTES = 2 * 10**9
 
 
 def by_activation_size(network, batches, cfg):
@@ -37,14 +41,26 @@ def check(network, cfg, num_images):
     Raises:
         UsageError: see there.
     """
-    points = min(cfg.batch_size, num_images)
+    points = min(points_asked_for(cfg), num_images)
     if points < MIN_POINTS:
         raise UsageError(
             f"a point cloud needs at least {MIN_POINTS} images to have a loop. Received: {points} "
-            f"(--batch_size {cfg.batch_size}, {num_images} training images); raise --batch_size or choose "
+            f"(--batch_size {cfg.batch_size}, {num_images} training images); set --betti_points or choose "
             "a scheme that doesn't rank by Betti numbers."
         )
+    seconds, peak_bytes = predicted_cost(points, len(network.candidates) * cfg.num_betti_batches)
+    if seconds > MAX_RIPS_S or peak_bytes > MAX_RIPS_BYTES:
+        raise UsageError(
+            f"the Vietoris-Rips part of a selection may take {MAX_RIPS_S} s and {MAX_RIPS_BYTES / 1e6:.0f} MB. "
+            f"Received: clouds of {points} points, predicted at {seconds:.0f} s and {peak_bytes / 1e6:.0f} MB; thin "
+            "them with --betti_points, or look at fewer with --num_betti_batches."
+        )
     eligible_paths(network, cfg)
+
+
+def points_asked_for(cfg):
+    """Returns the number of images that a point cloud should have."""
+    return cfg.betti_points or cfg.batch_size
 
 
 def count_bars(network, images_of_each_batch, num_batches):
@@ -87,7 +103,7 @@ def count_bars(network, images_of_each_batch, num_batches):
 
 def _select(network, batches, cfg, divisor):
     counts, points = count_bars(
-        network, (images for images, _ in batches(cfg.batch_size, cfg.num_betti_batches)), cfg.num_betti_batches
+        network, (images for images, _ in batches(points_asked_for(cfg), cfg.num_betti_batches)), cfg.num_betti_batches
     )
     scores = counts / np.array([divisor(candidate, points) for candidate in network.candidates], np.float64)
     columns = [{"betti_1": float(column.mean()), "betti_1_per_batch": column.tolist()} for column in counts.T]

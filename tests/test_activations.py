@@ -115,7 +115,7 @@ def test_the_device_path_gives_the_same_distances(monkeypatch):
     with distance_pass(network) as distances:
         on_device = distances(images)
     for ours, theirs in zip(on_cpu, on_device, strict=True):
-        np.testing.assert_allclose(theirs, ours, rtol=1e-9)
+        np.testing.assert_allclose(theirs, ours, rtol=1e-5)
 
 
 def test_the_network_is_left_as_it_was():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from networks import network_of, tiny_model
 
+import archives
 import flags
 import models
 import train
@@ -25,7 +26,8 @@ SUMMARY = (
     "status model_name dataset_name train_type rho seed protocol weights accuracy val_accuracy epochs best_epoch "
     "selection_s compile_s train_s epoch_s eval_s peak_memory_bytes_measured selection_peak_memory_bytes peak_rss_bytes "
     "memory_device peak_memory_bytes_estimated memory_mb_published_convention num_trained_layers num_trained_weights "
-    "num_weights num_layers earliest_trained_layer"
+    "num_weights num_layers earliest_trained_layer rho_achieved_predicted rho_achieved_measured channels channels_pruned "
+    "flops_remaining"
 ).split()
 
 
@@ -187,6 +189,14 @@ def test_fewer_full_batches_than_asked_for_are_said(tiny, tmp_path, capsys):
     assert len(records["selection.json"]["layers"][0]["betti_1_per_batch"]) == 3
 
 
+def test_betti_points_sets_the_clouds_apart_from_the_batch(tiny, tmp_path):
+    assert tiny("--select_only", "--betti_points", "40", "--num_betti_batches", "2") == 0
+    _, records = run_of(tmp_path / "logs")
+    for row in records["selection.json"]["layers"]:
+        assert len(row["betti_1_per_batch"]) == 2
+        assert row["score"] == pytest.approx(row["betti_1"] / (40 * row["activation_size"]))
+
+
 def test_a_flag_that_the_scheme_does_not_read_is_named_and_null(tiny, tmp_path, capsys):
     assert tiny("--train_type", "traditional_tl_training", "--rho", "0.5", "--num_betti_batches", "2") == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Warning")]
@@ -194,6 +204,16 @@ def test_a_flag_that_the_scheme_does_not_read_is_named_and_null(tiny, tmp_path, 
     run, records = run_of(tmp_path / "logs")
     assert run.name == "resnet50_digits_traditional_tl_training_seed0"
     assert records["config.json"]["rho"] is records["summary.json"]["rho"] is None
+
+
+@pytest.mark.parametrize("name", ["caltech_birds2011", "oxford_iiit_pet", "stanford_dogs", "flowers102"])
+def test_a_photo_set_prepared_by_its_real_builder_trains(name, tiny, tmp_path, monkeypatch):
+    archives.prepare_miniature(name, tmp_path / "tfds", monkeypatch, tmp_path)
+    argv = ["--dataset_name", name, "--input_size", "32", "--batch_size", "4", "--num_epochs", "1", "--data_dir", str(tmp_path / "tfds")]
+    assert tiny(*argv, "--train_type", "act_norm_betti_train") == 0
+    run, records = run_of(tmp_path / "logs")
+    assert records["summary.json"]["status"] == "done" and len(metrics_of(run)) == 1
+    assert records["config.json"]["dataset_version"] == DATASETS[name].tfds
 
 
 def test_divergence_ends_the_run_with_a_summary_and_advice(tiny, tmp_path, capsys):

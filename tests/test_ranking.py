@@ -68,6 +68,13 @@ def test_fewer_than_four_points_are_no_cloud(network):
         with pytest.raises(UsageError, match="at least 4 images"):
             SCHEMES["betti_train"].check(network, Config(batch_size=batch_size), images)
     SCHEMES["betti_train"].check(network, Config(batch_size=4), 100)
+    SCHEMES["betti_train"].check(network, Config(batch_size=3, betti_points=16), 100)
+
+
+def test_a_cloud_that_would_cost_too_much_is_refused_with_the_figure(network):
+    SCHEMES["betti_train"].check(network, Config(betti_points=512), 10_000)
+    with pytest.raises(UsageError, match="6000 points, predicted at 3110 s and 2304 MB"):
+        SCHEMES["betti_train"].check(network, Config(betti_points=6000), 10_000)
 
 
 def test_stability_is_one_where_batches_agree_and_minus_one_where_they_oppose():

@@ -130,10 +130,12 @@ def test_keras_cannot_fit_on_several_workers():
 
 
 @pytest.mark.parametrize(
-    "strategy, says", [("multi_worker_mirrored", "fails under MultiWorkerMirroredStrategy"), ("mirrored", "at least two devices")]
-)
+    "strategy, says",
+    [("multi_worker_mirrored", "fails under MultiWorkerMirroredStrategy"), ("mirrored", "at least two devices"),
+     ("mirrored --train_type prunetrain", "select once")],
+)  # fmt: skip
 def test_what_cannot_work_is_refused_in_one_line(strategy, says, tmp_path, capsys, data_dir):
-    assert main(["--strategy", strategy, "--log_dir", str(tmp_path / "logs"), "--data_dir", data_dir]) == 2
+    assert main(["--strategy", *strategy.split(), "--log_dir", str(tmp_path / "logs"), "--data_dir", data_dir]) == 2
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and says in err
     assert list(tmp_path.iterdir()) == []

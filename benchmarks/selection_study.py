@@ -1,0 +1,107 @@
+"""How the chosen layers change with what the selection looks at.
+
+    python benchmarks/selection_study.py --weights WEIGHTS.h5 --out docs/selection_stability.png
+
+ranks a network's layers again and again, from other images (seeds), from fewer
+or more of them (point clouds a ranking, points a cloud), and plots how many of
+the chosen layers two rankings have in common.
+"""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import runtime
+
+import numpy as np
+
+
+def main(argv=None):
+    """Ranks, prints the table, draws it; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
+    parser.add_argument("--model_name", default="mobilenetv2")
+    parser.add_argument("--weights", required=True, help="a weights file")
+    parser.add_argument("--input_size", type=int, default=96)
+    parser.add_argument("--rho", type=float, default=0.1)
+    parser.add_argument("--points", type=int, nargs="+", default=[16, 32, 64, 128, 256])
+    parser.add_argument("--clouds", type=int, default=8, help="most clouds a ranking")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--data_dir", help="TFDS folder")
+    parser.add_argument("--out", default="selection_stability.png")
+    args = parser.parse_args(argv)
+
+    scores = {
+        (points, seed): scores_per_cloud(args, points, seed) for points in args.points for seed in range(args.seeds)
+    }
+    agreement = {
+        points: [
+            seeds_agree([scores[points, seed] for seed in range(args.seeds)], clouds, args.rho)
+            for clouds in range(1, min(len(scores[points, seed]) for seed in range(args.seeds)) + 1)
+        ]
+        for points in args.points
+    }
+    print(f"Layers in common between two seeds, % of the top {args.rho:g}, by clouds a ranking")
+    for points, row in agreement.items():
+        print(f"{points:>4} points: " + "  ".join(f"{100 * share:5.1f}" for share in row))
+    draw(agreement, args)
+    print(f"Wrote {args.out}")
+    return 0
+
+
+def scores_per_cloud(args, points, seed):
+    """Returns AdaBet's scores, float array of shape (clouds, layers), on other images for each seed."""
+    runtime.load_tensorflow()
+    import data
+    import models
+    from config import Config
+    from selection.topology import count_bars
+
+    cfg = Config(
+        model_name=args.model_name, weights=args.weights, input_size=args.input_size, seed=seed, data_dir=args.data_dir
+    )
+    images = data.load(cfg)
+    network = models.build(cfg, images.num_classes)
+    batches = images.selection_batches(points, args.clouds)
+    counts, points = count_bars(network, (batch for batch, _ in batches), len(batches))
+    return counts / np.array([points * candidate.activation_size for candidate in network.candidates])
+
+
+def seeds_agree(scores_of_seeds, clouds, rho):
+    """Returns the share of the chosen layers that two seeds have in common, mean over all pairs of seeds."""
+    from selection.ranking import layer_budget, rank
+
+    chosen = []
+    for scores in scores_of_seeds:
+        num_layers = scores.shape[1]
+        ranks = rank(scores[:clouds].mean(axis=0), [True] * num_layers)
+        chosen.append({i for i, place in enumerate(ranks) if place <= layer_budget(rho, num_layers)})
+    return float(np.mean([len(a & b) / len(a) for a, b in itertools.combinations(chosen, 2)]))
+
+
+def draw(agreement, args):
+    """Draws agreement over clouds, a line for each number of points, into args.out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.5, 3.4), layout="constrained")
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(agreement)))
+    for (points, row), colour, marker in zip(agreement.items(), colours, "osD^v<>"):
+        axes.plot(range(1, len(row) + 1), [100 * share for share in row], marker=marker, color=colour, label=f"{points} points")
+    axes.set(
+        xlabel="Point clouds a ranking",
+        ylabel="Chosen layers in common (%)",
+        ylim=(0, 102),
+        title=f"{args.model_name}, top {args.rho:g}, {args.seeds} seeds, digits at {args.input_size} px",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="small")
+    figure.savefig(args.out, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

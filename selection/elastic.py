@@ -1,0 +1,215 @@
+"""ElasticTrainer: single tensors chosen by importance and time, and chosen again as training goes on.
+
+Every `--interval` epochs all tensors are ranked anew, on one batch of training
+images, and a dynamic programme takes the most important ones whose backward pass
+fits the budget (arXiv 2312.14227). `--rho` is the time of a training step, forward
+and backward pass, as a share of full training's.
+
+The head, being new, always trains; its time comes out of the budget first.
+"""
+
+import contextlib
+import logging
+from dataclasses import asdict
+
+import numpy as np
+
+from errors import RunError, UsageError
+from selection.backward_budget import backward_share, backward_time, most_important
+from selection.ranking import eligible_paths, select_weights
+from selection.timing import seconds_of, tensors, timings, training_pass
+
+log = logging.getLogger("adabet")
+
+
+def by_update(network, batches, cfg):
+    """Ranks a tensor by what the loss gains from its part of one optimizer step."""
+    return _select(network, batches, cfg, update_importance)
+
+
+def by_weight_magnitude(network, batches, cfg):
+    """Ranks a tensor by the sum of its absolute values."""
+    return _select(network, batches, cfg, weight_magnitude)
+
+
+def by_gradient_magnitude(network, batches, cfg):
+    """Ranks a tensor by the sum of its gradient's absolute values."""
+    return _select(network, batches, cfg, gradient_magnitude)
+
+
+def check(network, cfg, num_images):
+    """Refuses a rho that leaves no time for a backward pass, and an `--exclude_layers` that fits no layer.
+
+    That needs the times, so they are measured here where they aren't known yet.
+
+    Raises:
+        UsageError: see there.
+    """
+    eligible_paths(network, cfg)
+    cost = timings(network, cfg, min(cfg.batch_size, num_images))
+    if backward_share(cfg.rho, cost.forward, cost.backward) <= 0:
+        least = cost.forward / (cost.forward + cost.backward)
+        raise UsageError(
+            f"--rho must leave time for a backward pass: over {least:.3f} here, where a forward pass takes "
+            f"{cost.forward:.3g} {cost.unit} of a full step's {cost.forward + cost.backward:.3g} {cost.unit} "
+            f"({cost.source}). Received: {cfg.rho:g}."
+        )
+
+
+def update_importance(network, images, labels, cfg, epoch):
+    """Returns -(dL/dw at w + dw) . dw of every tensor, dw being one optimizer step on this batch.
+
+    The step is that of a new optimizer of the run's settings at the learning rate
+    of `epoch`. Dropout is off, and batch normalisation runs by the network's policy
+    without updates. The weights are put back to the last bit.
+
+    Args:
+        network: models.Network.
+        images: float32 tensor of shape (B, S, S, 3).
+        labels: int tensor of shape (B,).
+        cfg: Config.
+        epoch: int, from 0.
+
+    Returns:
+        float64 array, one a tensor, from input to output.
+    """
+    from optimizers import make_optimizer  # loads Keras
+
+    weights = tensors(network)
+    optimizer = make_optimizer(cfg, cfg.num_epochs)  # a cosine over the epochs has the same rate at their starts
+    optimizer.build(weights)
+    optimizer.iterations.assign(epoch)
+    with _gradient_pass(network) as gradients_of:
+        before = [weight.numpy() for weight in weights]
+        try:
+            optimizer.apply(gradients_of(images, labels), weights)
+            steps = [weight.numpy().astype(np.float64) - old for weight, old in zip(weights, before)]
+            gradients = gradients_of(images, labels)
+        finally:
+            for weight, old in zip(weights, before):
+                weight.assign(old)
+    return np.array([-np.sum(gradient.numpy() * step) for gradient, step in zip(gradients, steps)])
+
+
+def weight_magnitude(network, images, labels, cfg, epoch):
+    """Returns the sum of absolute values of every tensor; see `update_importance`."""
+    return np.array([np.abs(weight.numpy()).sum(dtype=np.float64) for weight in tensors(network)])
+
+
+def gradient_magnitude(network, images, labels, cfg, epoch):
+    """Returns the sum of the gradient's absolute values of every tensor; see `update_importance`."""
+    with _gradient_pass(network) as gradients_of:
+        gradients = gradients_of(images, labels)
+    return np.array([np.abs(gradient.numpy()).sum(dtype=np.float64) for gradient in gradients])
+
+
+@contextlib.contextmanager
+def _gradient_pass(network):
+    """Gives a function from a batch to the gradients of its mean loss, one a tensor."""
+    import tensorflow as tf
+
+    from models.batchnorm import statistics_kept
+
+    weights = [weight.value for weight in tensors(network)]
+
+    @tf.function
+    def gradients(images, labels):
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(weights)
+            logits = network.model(images, training=False)
+            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+        return tape.gradient(loss, weights, unconnected_gradients="zero")
+
+    with statistics_kept(network.model, network.bn_stats):
+        yield gradients
+
+
+def _select(network, batches, cfg, importance):
+    images, labels = next(iter(batches(cfg.batch_size, 1)))
+    cost = timings(network, cfg, int(images.shape[0]))
+    full = training_pass(network, [weight.path for weight in tensors(network)])
+    ratios = []  # of each choice so far: epochs that it is for, ratio predicted, ratio measured
+
+    def choose(epoch):
+        worth = importance(network, images, labels, cfg, epoch)
+        _check_finite(network, worth)
+        worth = worth / (np.abs(worth).max() or 1.0)
+        chosen, predicted = affordable(network, worth, cost, cfg)
+        full_s, chosen_s = seconds_of([full, training_pass(network, chosen)], images, labels)
+        measured = chosen_s / full_s
+        ratios.append((min(cfg.interval, cfg.num_epochs - epoch), predicted, measured))
+        log.info(
+            "Chose %d of %d tensors: a step takes %.3f of a full one by the times of its parts, %.3f as measured; "
+            "asked for %.3f", len(chosen), len(worth), predicted, measured, cfg.rho,
+        )  # fmt: skip
+        rows = [
+            {"path": weight.path, "importance": float(value), "selected": weight.path in chosen}
+            for weight, value in zip(tensors(network), worth)
+        ]
+        return select_weights(
+            network,
+            chosen,
+            scores=_layer_scores(network, worth),
+            details={"tensors": rows},
+            files={"timings.json": asdict(cost)},
+            facts=lambda: _achieved(ratios),
+            again=choose,
+        )
+
+    return choose(0)
+
+
+def affordable(network, worth, cost, cfg):
+    """Returns the tensors to train within the budget of `cfg.rho`.
+
+    Args:
+        network: models.Network.
+        worth: float array, importance of every tensor, from input to output.
+        cost: selection.timing.Timings.
+        cfg: Config. Reads rho and exclude_layers.
+
+    Returns:
+        chosen: set of str, weight paths, the head's among them.
+        ratio: float. Predicted time of a step as a share of a full one's.
+    """
+    allowed = {w.path for c in network.candidates if c.path in set(eligible_paths(network, cfg)) for w in c.weights}
+    head = {weight.path for weight in network.head.weights}
+    paths = [weight.path for weight in tensors(network)][::-1]  # from the output
+    t_dw, t_dy = (np.array([times[path] for path in paths]) for times in (cost.t_dw, cost.t_dy))
+    budget = backward_share(cfg.rho, cost.forward, cost.backward) * cost.backward
+
+    own = np.array([0.0 if path in head else t for path, t in zip(paths, t_dw)])
+    candidates = np.array([value if path in allowed - head else -np.inf for path, value in zip(paths, worth[::-1])])
+    left = budget - sum(cost.t_dw[path] for path in head)
+    chosen = most_important(candidates, own, t_dy, left)
+    if not chosen:
+        log.warning(
+            "The budget of --rho %g, %.3g %s of backward pass, admits no tensor but the head's.",
+            cfg.rho, budget, cost.unit,
+        )  # fmt: skip
+    trained = sorted({*chosen, *(i for i, path in enumerate(paths) if path in head)})
+    ratio = (cost.forward + backward_time(trained, t_dw, t_dy)) / (cost.forward + cost.backward)
+    return {paths[i] for i in trained}, ratio
+
+
+def _check_finite(network, worth):
+    for weight, value in zip(tensors(network), worth):
+        if not np.isfinite(value):
+            raise RunError(
+                f"importances must be finite. Received: {value} for {weight.path}; check the weights, or try a lower "
+                "--learning_rate."
+            )
+
+
+def _layer_scores(network, worth):
+    """Returns the sum over its tensors of every candidate."""
+    values = iter(worth.tolist())
+    return [float(sum(next(values) for _ in candidate.weights)) for candidate in network.candidates]
+
+
+def _achieved(ratios):
+    epochs, predicted, measured = (np.array(column, float) for column in zip(*ratios))
+    return {
+        "rho_achieved_predicted": float(np.average(predicted, weights=epochs)),
+        "rho_achieved_measured": float(np.average(measured, weights=epochs)),
+    }

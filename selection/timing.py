@@ -1,0 +1,262 @@
+"""What a backward pass costs, tensor by tensor: measured on this device, or counted in FLOPs.
+
+Tensors are the weights of the candidates, in forward order. `t_dw` is the cost of
+a tensor's own gradient. `t_dy` is the cost of bringing the error to a tensor from
+the one after it: through the whole next layer for the last weight of a layer,
+nothing for the layer's others, which share its output's error. So the backward
+pass that trains a set of tensors costs its t_dw, and the t_dy of all tensors from
+the output to the earliest of the set. Branches count as one chain, as published.
+
+Operations without weights (activations, pooling, attention's products) belong to
+no tensor; measured times are scaled so that their total is the whole backward
+pass, which spreads these over the layers in proportion.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+log = logging.getLogger("adabet")
+
+_REPEATS = 3  # the fastest counts: what disturbs a run only makes it slower
+_known = {}  # what this process has measured; the folder may not be writable
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What the passes of one network cost, for one batch.
+
+    Attributes:
+        source: str. measured or flops.
+        unit: str. s or FLOP.
+        forward: float. The forward pass.
+        backward: float. The full backward pass: all of `t_dw` and `t_dy`.
+        t_dw: dict from weight path to float, in forward order.
+        t_dy: dict from weight path to float, in forward order.
+        conditions: dict. What the figures hold for.
+    """
+
+    source: str
+    unit: str
+    forward: float
+    backward: float
+    t_dw: dict
+    t_dy: dict
+    conditions: dict
+
+
+def tensors(network):
+    """Returns the weights of all candidates, from input to output."""
+    return [weight for candidate in network.candidates for weight in candidate.weights]
+
+
+def timings(network, cfg, batch_size):
+    """Returns the Timings of a network, as `cfg.timing` says.
+
+    Measured ones are kept in the user's cache folder for the same model, sizes,
+    device and versions, and read from there.
+
+    Args:
+        network: models.Network. Its weights don't matter, and don't change.
+        cfg: Config. Reads timing, model_name and input_size.
+        batch_size: int. Images of a batch.
+    """
+    if cfg.timing == "flops":
+        return counted(network, batch_size)
+    conditions = _conditions(network, cfg, batch_size)
+    key = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:24]
+    if key not in _known:
+        file = cache_folder() / f"{key}.json"
+        found = _read(file, conditions)
+        if found is None:
+            log.info("Measuring what each weight costs to train; kept in %s", file)
+            found = measured(network, batch_size, conditions)
+            _write(file, found)
+        _known[key] = found
+    return _known[key]
+
+
+def cache_folder():
+    """Returns the folder of measured timings, a pathlib.Path: below XDG_CACHE_HOME or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "adabet" / "timings"
+
+
+def counted(network, batch_size):
+    """Returns Timings in FLOPs: each of the two gradients of a kernel costs what its forward pass does.
+
+    A bias, a scale or a shift costs one operation an element of output, and to
+    pass the error through a layer without a kernel costs two.
+    """
+    from models.channels import forward_flops, output_axes  # loads TensorFlow
+
+    own, through, forward = {}, [], 0
+    for candidate in network.candidates:
+        flops = batch_size * forward_flops(candidate)
+        forward += flops
+        through.append(flops)
+        for weight in candidate.weights:
+            is_kernel = output_axes(candidate.layer) and weight is candidate.layer.kernel
+            own[weight.path] = flops if is_kernel else batch_size * candidate.activation_size
+    return _timings(network, "flops", "FLOP", forward, None, own, through, {"batch_size": batch_size})
+
+
+def measured(network, batch_size, conditions):
+    """Returns Timings in seconds, measured with random images.
+
+    The whole forward pass and the whole backward pass are timed as they are, each
+    layer's two gradients in functions of their own, once for layers that are the
+    same in kind and shape. Normalisation runs on its stored statistics.
+    """
+    import tensorflow as tf
+
+    from models.channels import input_shapes
+
+    model = network.model
+    images = tf.random.stateless_uniform((batch_size, *model.inputs[0].shape[1:]), (0, 1), 0, 255)
+    labels = tf.zeros(batch_size, tf.int64)
+    (forward_s,) = seconds_of([tf.function(lambda images: model(images, training=False))], images)
+    (step_s,) = seconds_of([training_pass(network, [weight.path for weight in tensors(network)])], images, labels)
+
+    shapes, by_kind = input_shapes(model, batch_size), {}
+    own, through = {}, []
+    for candidate in network.candidates:
+        shape = shapes[candidate.path]
+        kind = _kind(candidate.layer, shape)
+        if kind not in by_kind:
+            by_kind[kind] = _layer_seconds(candidate, shape)
+        own_s, through_s = by_kind[kind]
+        own.update(zip((weight.path for weight in candidate.weights), own_s))
+        through.append(through_s)
+    # A clock's noise must not make a backward pass free.
+    backward_s = max(step_s - forward_s, 0.1 * step_s)
+    return _timings(network, "measured", "s", forward_s, backward_s, own, through, conditions)
+
+
+def training_pass(network, weight_paths):
+    """Returns a function (images, labels) that computes the gradients of these weights, and updates nothing.
+
+    It stands for a training step, to which the optimizer adds little.
+    """
+    import tensorflow as tf
+
+    wanted = set(weight_paths)
+    weights = [weight.value for weight in network.trainable_weights if weight.path in wanted]
+
+    @tf.function
+    def gradients(images, labels):
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(weights)
+            logits = network.model(images, training=False)
+            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+        return tape.gradient(loss, weights)
+
+    return gradients
+
+
+def _timings(network, source, unit, forward, backward, own, through, conditions):
+    """Moves each layer's cost of passing the error on to the tensor that it reaches; scales to `backward`."""
+    t_dw, t_dy = {}, {}
+    for i, candidate in enumerate(network.candidates):
+        for weight in candidate.weights:
+            t_dw[weight.path], t_dy[weight.path] = float(own[weight.path]), 0.0
+        if i + 1 < len(network.candidates):
+            t_dy[candidate.weights[-1].path] = float(through[i + 1])
+    total = math.fsum(t_dw.values()) + math.fsum(t_dy.values())
+    if backward is not None:
+        t_dw, t_dy = ({path: t * backward / total for path, t in times.items()} for times in (t_dw, t_dy))
+    return Timings(source, unit, float(forward), float(backward or total), t_dw, t_dy, conditions)
+
+
+def _kind(layer, shape):
+    config = {key: value for key, value in layer.get_config().items() if key not in ("name", "trainable")}
+    weights = [tuple(weight.shape) for weight in layer.weights]
+    return json.dumps([type(layer).__name__, config, shape, weights], sort_keys=True, default=str)
+
+
+def _layer_seconds(candidate, shape):
+    """Returns the seconds of the gradient of each weight of a layer, a list, and of that of its input."""
+    import tensorflow as tf
+
+    layer = candidate.layer
+    inputs = tf.random.stateless_normal(shape, (0, 1))
+    error = tf.random.stateless_normal(layer(inputs, training=False).shape, (0, 2))
+
+    def gradient_of(target):
+        @tf.function
+        def gradient(inputs, error):
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(inputs if target is None else target)
+                output = layer(inputs, training=False)
+            return tape.gradient(output, inputs if target is None else target, output_gradients=error)
+
+        return seconds_of([gradient], inputs, error)[0]
+
+    return [gradient_of(weight.value) for weight in candidate.weights], gradient_of(None)
+
+
+def seconds_of(functions, *args):
+    """Returns the seconds of the fastest of a few calls of each function, after one that traces.
+
+    They are called in turn, so that what else the machine does falls on all of them.
+    """
+    import tensorflow as tf
+
+    for function in functions:
+        function(*args)
+    fastest = [math.inf] * len(functions)
+    for _ in range(_REPEATS):
+        for i, function in enumerate(functions):
+            tf.test.experimental.sync_devices()
+            start = time.perf_counter()
+            function(*args)
+            tf.test.experimental.sync_devices()
+            fastest[i] = min(fastest[i], time.perf_counter() - start)
+    return fastest
+
+
+def _conditions(network, cfg, batch_size):
+    """Returns all that measured times hang on, JSON-ready."""
+    import keras
+    import tensorflow as tf
+
+    import runtime
+
+    return {
+        "model_name": cfg.model_name,
+        "input_size": cfg.input_size,
+        "batch_size": batch_size,
+        "weights": hashlib.sha256(
+            repr([(weight.path, tuple(weight.shape)) for weight in tensors(network)]).encode()
+        ).hexdigest()[:16],
+        **runtime.device_facts(),
+        "host": platform.node(),
+        "processor": platform.processor() or platform.machine(),
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+    }
+
+
+def _read(file, conditions):
+    """Returns the Timings in a cache file; None where there are none of these conditions."""
+    try:
+        found = Timings(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return found if found.conditions == conditions else None
+
+
+def _write(file, found):
+    from run_folder import write_whole
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(asdict(found), indent=1) + "\n")
+    except OSError as error:
+        log.warning("The timings can't be kept in %s (%s): the next run measures anew.", file.parent, error)

@@ -1,0 +1,485 @@
+"""Each scheme on a tiny network: what it chooses, what moves, and that its figures are right."""
+
+import dataclasses
+import itertools
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from networks import backbone_network, calibrate, digits_images, network_of, small_vit_network, tiny_model
+from test_main import assemble_tiny, run_of, tiny  # noqa: F401  a fixture
+
+import models
+import train
+from config import Config
+from errors import RunError, UsageError
+from models import batchnorm, channels
+from models.layers import watching
+from selection import SCHEMES, backward_budget, elastic, fisher, prunetrain, timing
+from selection.ranking import select_layers
+
+NORMS_AND_BIASES = {"stem/bias", "branch/bias", "branch_bn/gamma", "branch_bn/beta", "deep/bias", "deep_bn/gamma",
+                    "deep_bn/beta", "head/kernel", "head/bias"}  # fmt: skip
+
+
+def tiny_network(bn_stats="stored", seed=0):
+    keras.utils.set_random_seed(seed)
+    network = network_of(tiny_model(), bn_stats)
+    calibrate(network, digits_images(64, 16)[0])
+    batchnorm.MODES[bn_stats](network.model)
+    return network
+
+
+class Images:
+    """Digits in memory, in place of data.Data."""
+
+    steps_per_epoch = 3
+    batch_size = 16
+
+    def __init__(self):
+        self.images, self.labels = digits_images(64, 16)
+
+    def _batches(self, first, count):
+        chosen = np.arange(first * 16, (first + count) * 16) % 64
+        return tf.data.Dataset.from_tensor_slices((self.images[chosen], self.labels[chosen])).batch(16)
+
+    def train_batches(self, first_epoch, num_epochs):
+        return self._batches(3 * first_epoch, 3 * (num_epochs - first_epoch))
+
+    def validation_batches(self):
+        return self._batches(0, 2)
+
+    test_batches = validation_batches
+
+    def selection_batches(self, points, count):
+        return self._batches(0, count)
+
+
+class Folder:
+    """A run folder that keeps what it is given."""
+
+    def __init__(self, path):
+        self.path, self.files = path, {}
+
+    def write_json(self, name, content):
+        self.files[name] = json.loads(json.dumps(content, allow_nan=False))
+
+    def write_metrics(self, rows):
+        self.rows = list(rows)
+
+
+def config_of(name, **flags):
+    row = SCHEMES[name]
+    defaults = {"train_type": name, "rho": 0.34, "batch_size": 16, "num_epochs": 2, "interval": 1, "timing": "flops",
+                "learning_rate": row.learning_rate}  # fmt: skip
+    return Config(**{**defaults, **flags})
+
+
+def values_of(network):
+    return {weight.path: weight.numpy() for weight in network.model.weights}
+
+
+@pytest.fixture
+def segments(monkeypatch):
+    """Notes, for each segment of training, the weights before it, after it, and which should have moved."""
+    noted = []
+
+    def note(network, trained_weights, before):
+        noted.append((before, values_of(network), set(trained_weights)))
+
+    monkeypatch.setattr(train, "checksums", values_of)
+    monkeypatch.setattr(train, "check_what_moved", note)
+    return noted
+
+
+def moved(before, after):
+    return {path for path in before if before[path].tobytes() != after[path].tobytes()}
+
+
+# ---------------------------------------------------------------- all schemes
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_exactly_the_promised_weights_move(name, segments, tmp_path):
+    network, data = tiny_network(), Images()
+    cfg = config_of(name, layers="branch", rho=0.6 if name.startswith("elastic") else 0.34)
+    chosen = SCHEMES[name].select(network, data.selection_batches, cfg)
+    result = train.Result()
+    train.fine_tune(network, chosen, data, cfg, Folder(tmp_path), result)
+    assert len(segments) == (2 if chosen.again else 1) and len(result.epochs) == 2
+    for before, after, promised in segments:
+        assert moved(before, after) == promised
+    for (_, after, _), (before, _, _) in itertools.pairwise(segments):
+        assert not moved(after, before)  # asking again changes nothing
+    if name == "bn_plus_bias_training":
+        assert segments[0][2] == NORMS_AND_BIASES
+    if name.startswith("elastic"):
+        assert {"head/kernel", "head/bias"} < segments[0][2] < set(values_of(network))
+
+
+def test_schemes_with_a_rho_select_as_many_layers():
+    network, data = tiny_network(), Images()
+    for name in ("act_norm_betti_train", "betti_train", "fisher", "random_layers", "last_layers", "smallest_activations"):
+        for rho, number in ((0.1, 1), (0.34, 2), (0.5, 3), (1.0, 6)):
+            chosen = SCHEMES[name].select(network, data.selection_batches, config_of(name, rho=rho))
+            assert len(chosen.selected) == chosen.budget == number, name
+            assert chosen.head_added == ("head" not in chosen.selected)
+
+
+def test_controls():
+    network = tiny_network()
+
+    def selected(name, **flags):
+        return SCHEMES[name].select(network, None, config_of(name, rho=0.5, **flags)).selected
+
+    assert selected("last_layers") == ("deep", "deep_bn", "head")
+    assert selected("smallest_activations") == ("deep", "deep_bn", "head")
+    assert selected("smallest_activations", exclude_layers="head") == ("branch_bn", "deep", "deep_bn")
+    draws = [selected("random_layers", seed=seed) for seed in range(8)]
+    assert len(set(draws)) > 3 and draws[0] == selected("random_layers", seed=0)
+
+
+# ---------------------------------------------------------------- the loop's segments
+
+
+def test_asking_again_for_the_same_changes_no_bit(tmp_path):
+    """Momenta, learning rate and dropout go on over the new optimizer."""
+    outcomes = []
+    for interval in (1, 2):
+        for optimizer in ("sgd", "adam"):
+            network, data = tiny_network("batch"), Images()
+            cfg = config_of("listed_layers", interval=interval, optimizer=optimizer, learning_rate=1e-3)
+            chosen = select_layers(network, {"branch", "deep_bn"})
+            if interval < 2:
+                again = lambda epoch, chosen=chosen: dataclasses.replace(chosen, again=again)  # noqa: B023
+                chosen = again(0)
+            folder = Folder(tmp_path)
+            train.fine_tune(network, chosen, data, cfg, folder, train.Result())
+            rows = [{key: row[key] for key in row if key != "seconds"} for row in folder.rows]
+            outcomes.append((rows, values_of(network)))
+    for part in (0, 1):
+        for rows, values in outcomes[part::2]:
+            assert rows == outcomes[part][0]
+            assert not moved(values, outcomes[part][1])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_slots_of_weights_that_stay_are_kept(optimizer):
+    weights = [keras.Variable(np.ones(3), name=name) for name in "abc"]
+    cfg = Config(optimizer=optimizer)
+    old, new = (train.make_optimizer(cfg, 10) for _ in range(2))
+    old.build(weights[:2])
+    old.apply([tf.constant([1.0, 2, 3]), tf.constant([4.0, 5, 6])], weights[:2])
+    train.carry_over(old, new, weights[1:])
+    slots, kept = ({v.name: v.numpy() for v in o.variables} for o in (new, old))
+    assert new.iterations == 1
+    for name, value in slots.items():
+        np.testing.assert_array_equal(value, kept[name] if name in kept else 0 * value)
+    assert any(name.startswith("b_") and value.any() for name, value in slots.items())
+    assert any(name.startswith("c_") for name in slots)
+
+
+def test_the_best_epoch_is_put_back_over_a_re_selection(tmp_path, monkeypatch):
+    network, data = tiny_network(), Images()
+    then = select_layers(network, {"deep"})
+    chosen = dataclasses.replace(select_layers(network, {"stem"}), again=lambda epoch: then)
+    after_first = {}
+    reselect = train.reselect
+    monkeypatch.setattr(train, "reselect", lambda *args: after_first.update(values_of(network)) or reselect(*args))
+    monkeypatch.setattr(train.BestEpoch, "on_epoch_end", _first_is_best(train.BestEpoch.on_epoch_end))
+    result, folder = train.Result(), Folder(tmp_path)
+    train.fine_tune(network, chosen, data, config_of("listed_layers"), folder, result)
+    assert result.best_epoch == 1 and not moved(after_first, values_of(network))
+    (again,) = folder.files["selection.json"]["reselected"]
+    assert again["epoch"] == 2 and again["selected"] == ["deep"] and again["head_added"]
+
+
+def _first_is_best(on_epoch_end):
+    return lambda self, epoch, logs=None: on_epoch_end(self, epoch, {**logs, "val_accuracy": 1 - epoch / 10})
+
+
+# ---------------------------------------------------------------- Fisher
+
+
+@pytest.mark.parametrize("make", [tiny_network, small_vit_network])
+def test_fisher_equals_a_slow_reference(make):
+    """One image at a time, eagerly, summed by hand."""
+    network = make()
+    images, labels = digits_images(6, network.model.input_shape[1])
+    batches = [(tf.constant(images[:3]), tf.constant(labels[:3])), (tf.constant(images[3:]), tf.constant(labels[3:]))]
+    scores = fisher.information(network, batches, 2)
+
+    expected = np.zeros((6, len(network.candidates)))
+    for n in range(6):
+        outputs = {}
+        with tf.GradientTape() as tape:
+            with watching([c.layer for c in network.candidates], lambda layer, out: outputs.setdefault(layer.path, out)):
+                logits = network.model(images[n : n + 1], training=False)
+            loss = -tf.nn.log_softmax(logits)[0, labels[n]]
+        for i, (path, error) in enumerate(tape.gradient(loss, outputs).items()):
+            product = outputs[path].numpy()[0].astype(np.float64) * error.numpy()[0]
+            last = 2 if path.endswith(("query", "key", "value")) else 1
+            per_channel = product.reshape(-1, *product.shape[product.ndim - last :]).sum(axis=0)
+            expected[n, i] = 0.5 * (per_channel**2).sum()
+    np.testing.assert_allclose(scores, expected.reshape(2, 3, -1).mean(axis=1), rtol=2e-3, atol=1e-12)
+
+
+def test_fisher_names_a_layer_that_is_not_finite():
+    network = tiny_network()
+    network.model.get_layer("deep").kernel.assign(np.full((3, 3, 8, 12), np.nan))
+    with pytest.raises(RunError, match="finite.* in "):
+        fisher.fisher(network, Images().selection_batches, config_of("fisher"))
+
+
+# ---------------------------------------------------------------- ElasticTrainer
+
+
+def test_the_dynamic_programme_equals_brute_force():
+    rng = np.random.default_rng(0)
+    for case in range(250):
+        n = rng.integers(1, 9)
+        worth = rng.normal(size=n)
+        worth[rng.random(n) < 0.1] = -np.inf
+        t_dw, t_dy = rng.integers(0, 12, n), rng.integers(0, 6, n)
+        budget = int(rng.integers(1, 40))
+        chosen = backward_budget.most_important(worth, t_dw, t_dy, budget, resolution=budget)
+        subsets = (list(s) for r in range(n + 1) for s in itertools.combinations(range(n), r))
+        best = max(
+            sum(worth[list(s)]) for s in subsets if backward_budget.backward_time(s, t_dw, t_dy) <= budget
+        )
+        assert backward_budget.backward_time(chosen, t_dw, t_dy) <= budget, case
+        assert sum(worth[chosen]) == pytest.approx(best), case
+
+
+def test_a_budget_of_a_transformers_size_is_used_up():
+    rng = np.random.default_rng(1)
+    worth, t_dw, t_dy = (rng.random(150) for _ in range(3))
+    budget = 0.4 * (t_dw.sum() + t_dy.sum())
+    chosen = backward_budget.most_important(worth, t_dw, t_dy, budget)
+    assert 0.97 * budget < backward_budget.backward_time(chosen, t_dw, t_dy) < 1.01 * budget
+
+
+def test_the_budgets_formula():
+    assert backward_budget.backward_share(0.533, 1, 2) == pytest.approx((0.533 - 1 / 3) * 3 / 2)
+    assert backward_budget.backward_share(1 / 3, 1, 2) == pytest.approx(0)
+    assert backward_budget.backward_share(1, 5, 2) == 1
+
+
+@pytest.mark.parametrize("bn_stats", ["stored", "batch"])
+def test_update_importance_equals_a_finite_recomputation(bn_stats):
+    network, data = tiny_network(bn_stats), Images()
+    cfg = config_of("elastic_training", num_epochs=4, learning_rate=0.02)
+    images, labels = data.images[:16], data.labels[:16]
+    weights, before = timing.tensors(network), values_of(network)
+    importance = elastic.update_importance(network, images, labels, cfg, epoch=1)
+    assert not moved(before, values_of(network))
+
+    def loss_at(values):
+        for weight, value in zip(weights, values):
+            weight.assign(value)
+        with batchnorm.statistics_kept(network.model, bn_stats):
+            logits = network.model(images, training=False).numpy().astype(np.float64)
+        return np.mean(np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(16), labels])
+
+    with batchnorm.statistics_kept(network.model, bn_stats), tf.GradientTape() as tape:
+        logits = network.model(images, training=False)
+        loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+    gradients = [g.numpy() for g in tape.gradient(loss, [w.value for w in weights])]
+    norm = np.sqrt(sum((g**2).sum() for g in gradients))
+    rate = 0.02 * 0.5 * (1 + np.cos(np.pi / 4))  # the cosine at epoch 1 of 4
+    start = [before[w.path] for w in weights]
+    steps = [-rate * (g * min(1, 1 / norm) + 5e-3 * w) for g, w in zip(gradients, start)]
+    there = [w + step for w, step in zip(start, steps)]
+    for k, step in enumerate(steps):
+        ahead, behind = (loss_at([*there[:k], there[k] + h * step, *there[k + 1 :]]) for h in (0.5, -0.5))
+        assert importance[k] == pytest.approx(-(ahead - behind), rel=0.03, abs=1e-6), weights[k].path
+
+
+def test_magnitudes():
+    network, data = tiny_network(), Images()
+    cfg, batch = config_of("elastic_training"), (data.images[:16], data.labels[:16])
+    by_weight = elastic.weight_magnitude(network, *batch, cfg, 0)
+    assert by_weight[0] == pytest.approx(np.abs(network.model.get_layer("stem").kernel.numpy()).sum())
+    assert (elastic.gradient_magnitude(network, *batch, cfg, 0) > 0).all()
+
+
+def test_times_belong_to_the_tensor_that_they_reach():
+    network = tiny_network()
+    cost = timing.counted(network, 2)
+    conv = 2 * 2 * 4 * 4 * (3 * 3 * 8 * 12) + 2 * 4 * 4 * 12  # deep: two images, 4 x 4 positions, and its bias
+    assert cost.t_dw["deep/kernel"] == conv and cost.t_dw["deep/bias"] == 2 * 4 * 4 * 12
+    assert cost.t_dy["branch_bn/beta"] == conv and cost.t_dy["branch_bn/gamma"] == cost.t_dy["head/bias"] == 0
+    assert cost.backward == pytest.approx(sum(cost.t_dw.values()) + sum(cost.t_dy.values()))
+    paths = [weight.path for weight in timing.tensors(network)]
+    everything = backward_budget.backward_time(
+        list(range(len(paths))), *([times[path] for path in paths[::-1]] for times in (cost.t_dw, cost.t_dy))
+    )
+    assert everything == pytest.approx(cost.backward)
+
+
+def test_measured_times_are_kept_in_the_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(timing, "_known", {})
+    network, cfg = tiny_network(), config_of("elastic_training", timing="measured")
+    before = values_of(network)
+    cost = timing.timings(network, cfg, 8)
+    assert not moved(before, values_of(network))
+    (file,) = (tmp_path / "adabet" / "timings").iterdir()
+    assert sum(cost.t_dw.values()) + sum(cost.t_dy.values()) == pytest.approx(cost.backward)
+    assert min(cost.t_dw.values()) > 0 and cost.unit == "s" and cost.conditions["batch_size"] == 8
+    monkeypatch.setattr(timing, "measured", None)  # would fail
+    timing._known.clear()
+    assert timing.timings(network, cfg, 8) == cost
+    file.write_text("{")
+    timing._known.clear()
+    with pytest.raises(TypeError):
+        timing.timings(network, cfg, 8)
+
+
+def test_a_budget_for_the_head_alone_is_said_and_goes_on(caplog):
+    network = tiny_network()
+    cost = timing.counted(network, 16)
+    least = cost.forward / (cost.forward + cost.backward)
+    cfg = config_of("elastic_training", rho=least + 1e-6)
+    elastic.check(network, cfg, 100)
+    chosen = elastic.by_update(network, Images().selection_batches, cfg)
+    assert chosen.trained_weights == ("head/kernel", "head/bias")
+    with pytest.raises(UsageError, match=rf"over {least:.3f} here.*Received: 0.2"):
+        elastic.check(network, config_of("elastic_training", rho=0.2), 100)
+
+
+def test_excluded_layers_pass_the_error_on_and_stay():
+    cfg = config_of("elastic_training", rho=1.0, exclude_layers="branch")
+    chosen = elastic.by_gradient_magnitude(tiny_network(), Images().selection_batches, cfg)
+    assert chosen.selected == ("stem", "deep", "deep_bn", "head")
+
+
+def test_elastic_training_from_the_command_line(tiny, tmp_path, capsys):  # noqa: F811
+    flags = ["--train_type", "elastic_training", "--timing", "flops", "--interval", "1"]
+    assert tiny(*flags, "--rho", "0.3") == 2 and "--rho must leave time" in capsys.readouterr().err
+    assert not (tmp_path / "logs").exists()
+    assert tiny(*flags) == 0
+    run, records = run_of(tmp_path / "logs")
+    assert run.name.endswith("elastic_training_rho0.533_seed0")
+    selection, summary = records["selection.json"], records["summary.json"]
+    assert [again["epoch"] for again in selection["reselected"]] == [2]
+    assert {row["path"] for row in selection["tensors"] if row["selected"]} == set(selection["trained_weights"])
+    assert max(abs(row["importance"]) for row in selection["tensors"]) == 1
+    assert 1 / 3 < summary["rho_achieved_predicted"] < 0.54 and summary["rho_achieved_measured"] > 0
+    assert summary["channels_pruned"] is None and summary["selection_peak_memory_bytes"] > 0
+    assert records["timings.json"]["source"] == "flops" and records["config.json"]["timing"] == "flops"
+
+
+# ---------------------------------------------------------------- PruneTrain
+
+
+@pytest.mark.parametrize("bn_stats", ["stored", "batch"])
+def test_pruned_channels_give_exactly_zero_and_never_come_back(bn_stats, tmp_path, segments):
+    network, data = tiny_network(bn_stats), Images()
+    for name, few in (("stem", [1]), ("branch", [0, 5]), ("deep", [2, 3, 11])):
+        kernel = network.model.get_layer(name).kernel
+        value = kernel.numpy()
+        value[..., few] *= 1e-9 / np.abs(value[..., few]).max()
+        kernel.assign(value)
+    cfg = config_of("prunetrain", num_epochs=3, learning_rate=1e-5)
+    chosen = prunetrain.prunetrain(network, data.selection_batches, cfg)
+    folder, result = Folder(tmp_path), train.Result()
+    before = values_of(network)
+    train.fine_tune(network, chosen, data, cfg, folder, result)
+    dead = {"stem": 1, "branch": 2, "deep": 3}
+    assert result.facts["channels_pruned"] == 6 and result.facts["channels"] == 28
+    assert [again["pruned_channels"] for again in folder.files["selection.json"]["reselected"]] == [dead] * 2
+    assert 0.7 < result.facts["flops_remaining"] < 1
+
+    outputs = {}
+    with watching([c.layer for c in network.candidates], lambda layer, out: outputs.setdefault(layer.path, out)):
+        network.model(data.images[:16], training=bn_stats == "batch")
+    zero = {name: (out.numpy().reshape(-1, out.shape[-1]) == 0).all(axis=0).sum() for name, out in outputs.items()}
+    assert zero == {"stem": 1, "branch": 2, "branch_bn": 2, "deep": 3, "deep_bn": 3, "head": 0}
+    for _, after, _ in segments[1:]:
+        assert not after["branch/kernel"][..., [0, 5]].any() and not after["deep_bn/beta"][[2, 3, 11]].any()
+        assert after["branch/kernel"][..., 1].any()
+    assert moved(before, values_of(network)) >= {"branch/kernel", "head/kernel"}
+    assert all(weight.constraint is None and weight.regularizer is None for weight in network.trainable_weights)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_momentum_does_not_bring_a_pruned_channel_back(optimizer, tmp_path, monkeypatch):
+    """Every other channel is pruned while in full motion."""
+    network, data = tiny_network(), Images()
+    for name in ("stem", "branch", "deep"):
+        kernel = network.model.get_layer(name).kernel
+        kernel.assign(kernel.numpy() * np.where(np.arange(kernel.shape[-1]) % 2, 1, 3))
+    monkeypatch.setattr(prunetrain, "THRESHOLD", 0.3)
+    cfg = config_of("prunetrain", num_epochs=2, interval=1, learning_rate=1e-3, optimizer=optimizer)
+    chosen = prunetrain.prunetrain(network, data.selection_batches, cfg)
+    folder, result = Folder(tmp_path), train.Result()
+    monkeypatch.setattr(train.BestEpoch, "restore", lambda self: None)  # the last epoch's weights
+    train.fine_tune(network, chosen, data, cfg, folder, result)
+    (again,) = folder.files["selection.json"]["reselected"]
+    assert again["pruned_channels"] == {"stem": 4, "branch": 4, "deep": 6}
+    for path, count in again["pruned_channels"].items():
+        layer = network.model.get_layer(path)
+        zero = (layer.kernel.numpy() == 0).all(axis=(0, 1, 2))
+        assert zero.sum() == count and not layer.bias.numpy()[zero].any()
+
+
+def test_the_penalty_starts_as_its_share_and_stays_out_of_held_out_losses(tmp_path):
+    network, data = tiny_network(), Images()
+    images, labels = data.images[:16], data.labels[:16]
+    chosen = prunetrain.prunetrain(network, data.selection_batches, config_of("prunetrain"))
+    assert "head/kernel" not in chosen.penalties and set(chosen.penalties) == {"stem/kernel", "branch/kernel", "deep/kernel"}
+    weights = {weight.path: weight for weight in network.trainable_weights}
+    penalty = sum(float(chosen.penalties[path](weights[path])) for path in chosen.penalties)
+    logits = network.model(images, training=False)
+    loss = float(np.mean(keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True)))
+    assert penalty / (penalty + loss) == pytest.approx(prunetrain.PENALTY_SHARE, rel=1e-4)
+
+    folder = Folder(tmp_path)
+    cfg = config_of("prunetrain", num_epochs=1, learning_rate=1e-9, weight_decay=0)
+    train.fine_tune(network, chosen, data, cfg, folder, train.Result())
+    (row,) = folder.rows
+    held_out = keras.losses.sparse_categorical_crossentropy(
+        data.labels[:32], network.model(data.images[:32], training=False), from_logits=True
+    )
+    assert row["val_loss"] == pytest.approx(float(np.mean(held_out)), rel=1e-4)
+    assert row["train_loss"] > row["val_loss"] + penalty / 2
+
+
+def test_channels_of_depthwise_convolutions_and_attention():
+    network = backbone_network("mobilenetv2")
+    norms = channels.following_norms(network.model)
+    kernels = [c for c in network.candidates if channels.output_axes(c.layer)]
+    assert len(kernels) == 53 and {c.path for c in kernels} - set(norms) == {"head"}
+    assert channels.output_axes(network.model.get_layer("expanded_conv_depthwise")) == (2, 3)
+    groups = prunetrain.channel_groups(network, {w.path for w in network.trainable_weights})
+    assert all(group.largest.size == channels.num_channels(group.candidate.layer) for group in groups) and len(groups) == 52
+
+    vit = small_vit_network()
+    by_name = {c.path.rsplit("/", 1)[-1]: c.layer for c in vit.candidates}
+    assert [len(channels.output_axes(by_name[name])) for name in ("query", "attention_output", "head")] == [2, 1, 1]
+    groups = prunetrain.channel_groups(vit, {w.path for w in vit.trainable_weights})
+    assert all(group.largest.size == channels.num_channels(group.candidate.layer) for group in groups)
+
+
+def test_flops_of_a_known_network():
+    """MobileNetV2 at 224 pixels takes 300 million multiply-adds without its classifier."""
+    network = backbone_network("mobilenetv2", input_size=224)
+    convolutions = [c for c in network.candidates if channels.output_axes(c.layer)]
+    assert sum(channels.forward_flops(c) for c in convolutions) / 2 == pytest.approx(300e6, rel=0.01)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize("name", ["fisher", "prunetrain"])
+def test_schemes_from_the_command_line(name, tiny, tmp_path):  # noqa: F811
+    assert tiny("--train_type", name, "--interval", "1") == 0
+    run, records = run_of(tmp_path / "logs")
+    summary = records["summary.json"]
+    assert summary["status"] == "done" and summary["train_type"] == name
+    assert records["config.json"]["interval"] == (1 if name == "prunetrain" else None)
+    assert (summary["channels"] is None) == (name != "prunetrain")
+    assert len(records["selection.json"]["reselected"]) == (name == "prunetrain")
