@@ -201,7 +201,8 @@ def fine_tune(network, selection, data, cfg, folder, result):
             current = reselect(current, start, result)
             folder.write_json("selection.json", report.selection_record(cfg, selection, result.later))
         freeze(network, current.trained_weights)
-        previous, optimizer = optimizer, make_optimizer(cfg, cfg.num_epochs * data.steps_per_epoch)
+        with model.distribute_strategy.scope():
+            previous, optimizer = optimizer, make_optimizer(cfg, cfg.num_epochs * data.steps_per_epoch)
         if previous:
             carry_over(previous, optimizer, model.trainable_variables)
         with model.distribute_strategy.scope():
