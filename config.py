@@ -42,6 +42,7 @@ class Config:
     weight_decay: float = 5e-3
     global_clipnorm: float = 1.0  # 0 is off
     num_epochs: int = 10
+    strategy: str = "none"  # none, mirrored
     seed: int = 0
     # Output
     log_dir: str = "logs"
@@ -49,5 +50,6 @@ class Config:
     save_model: bool = False
     save_txt: bool = False
     select_only: bool = False
+    prepare_only: bool = False
     list_layers: bool = False
     debug: bool = False

@@ -11,6 +11,8 @@ import math
 
 from config import Config
 from data import DATASETS, dataset_row
+from distribution import STRATEGIES
+from distribution import check as check_strategy
 from errors import UsageError
 from models import BACKBONES, check_input_size, check_weights
 from selection import ALIASES, SCHEMES, SELECTION_FLAGS
@@ -75,6 +77,9 @@ def make_parser():
     )
     group.add_argument("--image_dir", help="folder of images for --dataset_name image_folder")
     group.add_argument("--data_dir", help="TFDS folder (default: TFDS's own, ~/tensorflow_datasets)")
+    group.add_argument(
+        "--prepare_only", **_switch(False), help="fetch the data set and the ImageNet weights, and stop"
+    )
     group.add_argument("--num_classes", type=_integer(2), help="only checks the data, which say their own count")
     group.add_argument(
         "--protocol",
@@ -151,6 +156,12 @@ def make_parser():
         type=_real(0, math.inf, open_high=True),
         default=Config.global_clipnorm,
         help="largest norm of a step's gradient; 0 is off\n" + _D,
+    )
+    group.add_argument(
+        "--strategy",
+        choices=STRATEGIES,
+        default=Config.strategy,
+        help="mirrored: each batch is split over the devices of this machine\n" + _D,
     )
     group.add_argument("--seed", type=_integer(0, 2**31 - 1), default=Config.seed, help=_D)
 
@@ -297,4 +308,6 @@ def resolve(args):
     given.update({flag: value for flag, value in defaults.items() if given[flag] is None})
     check_input_size(args.model_name, given["input_size"])
     check_weights(args.weights)
-    return Config(**given)
+    cfg = Config(**given)
+    check_strategy(cfg, reselects="interval" in scheme.reads)
+    return cfg

@@ -17,6 +17,7 @@ import time
 import traceback
 
 import runtime
+import distribution
 import report
 import run_folder
 from errors import RunError, UsageError
@@ -42,6 +43,8 @@ def main(argv=None):
     try:
         with _sigterm_raises():
             cfg = parse(argv)
+            if cfg.prepare_only:
+                return prepare(cfg)
             return list_layers(cfg) if cfg.list_layers else run(cfg, early_log)
     except SystemExit as stop:  # argparse: --help, or a wrong flag that it has explained
         return stop.code
@@ -78,10 +81,14 @@ def run(cfg, early_log):
     # All that can be wrong with the input comes to light before there is a run folder.
     images = data.load(cfg)
     runtime.seed_everything(cfg.seed)  # after the data: preparing a set draws random numbers of its own
-    network = models.assemble(cfg, images.num_classes)
+    strategy = distribution.make(cfg)
+    distribution.check_batches(strategy, images.batch_size, images.split_sizes)
+    with distribution.scope(strategy):
+        network = models.assemble(cfg, images.num_classes)
     scheme = SCHEMES[cfg.train_type]
     scheme.check(network, cfg, images.split_sizes["train"])
-    network = models.load_weights(network, cfg)
+    with distribution.scope(strategy):
+        network = models.load_weights(network, cfg)
     if cfg.memory_budget_mb is not None:
         budget.check(network, cfg, images.batch_size)
 
@@ -134,6 +141,34 @@ def list_layers(cfg):
 
     network = models.assemble(cfg, cfg.num_classes or 2)
     print("\n".join(candidate.path for candidate in network.candidates))
+    return 0
+
+
+def prepare(cfg):
+    """Fetches the data set and the ImageNet weights, for a machine that trains offline; says what it can't get.
+
+    Returns:
+        int. The exit code.
+    """
+    runtime.load_tensorflow()
+    import data
+    import models
+
+    steps = [(cfg.dataset_name, data.prepare, data.files_to_fetch)]
+    if cfg.weights in ("auto", "imagenet"):
+        steps.append((f"ImageNet weights of {cfg.model_name}", models.prepare, models.files_to_fetch))
+    failures = []
+    for name, fetch, files in steps:
+        try:
+            fetch(cfg)
+            log.info("Ready: %s", name)
+        except RunError as error:
+            failures.append(str(error))
+            log.warning("Not ready: %s", name)
+            for url, path in files(cfg):
+                log.warning("%s can be fetched by hand and put at %s", url, path)
+    if failures:
+        raise RunError("; and ".join(failures))
     return 0
 
 

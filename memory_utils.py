@@ -100,7 +100,8 @@ def measured_training_step(model, images, labels, changing):
         first_step_s: float. Seconds of the first step, tracing included.
     """
     gc.collect()  # the optimizers and traces of earlier compilations, such as a budget's, are in cycles
-    model.optimizer.build(model.trainable_variables)
+    with model.distribute_strategy.scope():
+        model.optimizer.build(model.trainable_variables)
     state = [*changing, *model.optimizer.variables]
     before = [variable.numpy() for variable in state]
 

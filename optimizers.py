@@ -2,6 +2,8 @@
 
 import keras
 
+import distribution
+
 
 def make_optimizer(cfg, total_steps):
     """Returns the optimizer: cosine decay to 0, decoupled weight decay, clipped gradients."""
@@ -11,7 +13,8 @@ def make_optimizer(cfg, total_steps):
         "weight_decay": cfg.weight_decay or None,
         "global_clipnorm": cfg.global_clipnorm or None,
     }
-    return OPTIMIZERS[cfg.optimizer](common)
+    optimizer = OPTIMIZERS[cfg.optimizer](common)
+    return optimizer if cfg.strategy == "none" else distribution.clip_the_sum(optimizer)
 
 
 OPTIMIZERS = {

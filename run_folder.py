@@ -17,7 +17,7 @@ from errors import RunError, UsageError
 log = logging.getLogger("adabet")
 
 # What a run was told only about where to write or how much to say.
-_WITHOUT_EFFECT = {"log_dir", "run_name", "save_model", "save_txt", "select_only", "list_layers", "debug", "data_dir"}
+_WITHOUT_EFFECT = {"log_dir", "run_name", "save_model", "save_txt", "select_only", "list_layers", "debug", "data_dir", "prepare_only"}
 _LIBRARIES = ("tensorflow", "keras", "keras-hub", "tensorflow-datasets", "gudhi", "numpy", "scipy", "scikit-learn")
 
 
@@ -181,9 +181,13 @@ def fingerprint(cfg, facts):
         cfg: Config.
         facts: dict. What else decides: versions of libraries, data and weights.
     """
-    decisive = {key: value for key, value in asdict(cfg).items() if key not in _WITHOUT_EFFECT}
-    text = json.dumps({**decisive, **facts}, sort_keys=True, default=str)
+    text = json.dumps({**decisive(asdict(cfg)), **facts}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def decisive(settings):
+    """Returns those of a dict of flags that change a run's results."""
+    return {key: value for key, value in settings.items() if key not in _WITHOUT_EFFECT}
 
 
 def library_versions():

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import keras
 from tqdm import tqdm
 
+import distribution
 import report
 from errors import RunError
 from memory_utils import estimated_training_step, measured_peak, measured_training_step
@@ -196,6 +197,8 @@ def fine_tune(network, selection, data, cfg, folder, result):
     model = network.model
     segment = cfg.interval if selection.again else cfg.num_epochs
     held_out, prefix = (data.validation_batches(), "val") if cfg.protocol == "validation" else (data.test_batches(), "test")
+    split = "validation" if cfg.protocol == "validation" else "test"
+    held_out = distribution.even_batches(model.distribute_strategy, held_out, data.split_sizes[split], data.batch_size)
     clock = EpochClock(result, cfg, prefix, data.steps_per_epoch, folder)
     best = BestEpoch()
     current, optimizer, first_steps = selection, None, []
@@ -204,15 +207,19 @@ def fine_tune(network, selection, data, cfg, folder, result):
             current = reselect(current, start, result)
             folder.write_json("selection.json", report.selection_record(cfg, selection, result.later))
         freeze(network, current.trained_weights)
-        previous, optimizer = optimizer, make_optimizer(cfg, cfg.num_epochs * data.steps_per_epoch)
+        with model.distribute_strategy.scope():
+            previous, optimizer = optimizer, make_optimizer(cfg, cfg.num_epochs * data.steps_per_epoch)
         if previous:
             carry_over(previous, optimizer, model.trainable_variables)
-        compile_model(model, optimizer)
+        with model.distribute_strategy.scope():
+            compile_model(model, optimizer)
         # What a later selection trains has to be put back too, if the best epoch came before it.
         best.variables = model.variables if current.again else changing_variables(network)
         before = checksums(network)
         with additions(network, current) as penalties:
             images, labels = next(iter(data.train_batches(start, start + 1)))
+            share = len(labels) // model.distribute_strategy.num_replicas_in_sync  # what one device sees of a batch
+            images, labels = images[:share], labels[:share]
             result.estimated_bytes = max_known(result.estimated_bytes, estimated_training_step(model, images.shape))
             peak, first_step_s = measured_training_step(model, images, labels, changing_variables(network))
             result.peak_bytes, result.device = max_known(result.peak_bytes, peak.bytes), peak.device
@@ -251,7 +258,8 @@ def fine_tune(network, selection, data, cfg, folder, result):
     if cfg.protocol == "validation":
         result.val_accuracy = percent(best.accuracy, sizes["validation"])
         start = time.perf_counter()
-        tested = model.evaluate(data.test_batches(), verbose=0, return_dict=True)["accuracy"]
+        test = distribution.even_batches(model.distribute_strategy, data.test_batches(), sizes["test"], data.batch_size)
+        tested = model.evaluate(test, verbose=0, return_dict=True)["accuracy"]
         result.eval_s += time.perf_counter() - start
     else:
         tested = best.accuracy

@@ -153,6 +153,19 @@ def prepare(cfg):
     return module.open_source(cfg)
 
 
+def files_to_fetch(cfg):
+    """Returns [(url, path)]: what `prepare` would download, and where each file can be put by hand.
+
+    Args:
+        cfg: Config. Reads `dataset_name` and `data_dir`.
+    """
+    if cfg.dataset_name == "image_folder":
+        return []
+    from data import tfds_source
+
+    return tfds_source.files_to_fetch(cfg)
+
+
 def load(cfg):
     """Returns the `data.pipeline.Data` of `cfg`: splits, classes and batches.
 

@@ -189,18 +189,9 @@ def prepare(builder, cfg):
 
 def _check_reachable(builder, name):
     """Raises RunError where a file that is still to be downloaded has no reachable host."""
-    downloads_dir = Path(builder.data_dir_root) / "downloads"
     addresses = {}  # from a file's checksum to the addresses that it is registered at
-    for url, info in (builder.url_infos or {}).items():
-        file_name = tfds.core.download.resource.get_dl_fname(url, info.checksum)
-        # TFDS takes a file for downloaded when its description lies beside it.
-        there = [
-            (folder / f"{file_name}{ending}").exists()
-            for folder in (downloads_dir / builder.name, downloads_dir)
-            for ending in ("", ".INFO")
-        ]
-        if url.startswith("http") and sum(there) < 2:
-            addresses.setdefault(info.checksum, []).append(url)
+    for url, info in _missing(builder):
+        addresses.setdefault(info.checksum, []).append(url)
     by_host = {urlsplit(url).netloc: url for urls in addresses.values() for url in urls}
     if not by_host:
         return
@@ -222,6 +213,32 @@ def _check_reachable(builder, name):
             f"reached ({why[host]}); connect to the network, or point --data_dir to a folder "
             "where the set is prepared."
         )
+
+
+def _missing(builder):
+    """Yields (url, its TFDS description) of what is registered and neither downloaded nor put there by hand."""
+    downloads_dir = Path(builder.data_dir_root) / "downloads"
+    for url, info in (builder.url_infos or {}).items():
+        file_name = tfds.core.download.resource.get_dl_fname(url, info.checksum)
+        # TFDS takes a file for downloaded when its description lies beside it.
+        there = [
+            (folder / f"{file_name}{ending}").exists()
+            for folder in (downloads_dir / builder.name, downloads_dir)
+            for ending in ("", ".INFO")
+        ]
+        by_hand = info.filename and (downloads_dir / "manual" / info.filename).exists()
+        if url.startswith("http") and sum(there) < 2 and not by_hand:
+            yield url, info
+
+
+def files_to_fetch(cfg):
+    """Returns [(url, pathlib.Path)]: what is still to be downloaded, and where TFDS takes each file put there by hand."""
+    builder = find_builder(cfg)
+    if builder.is_prepared():
+        return []
+    manual = Path(builder.data_dir_root) / "downloads" / "manual"
+    by_file = {info.checksum: (url, manual / info.filename) for url, info in _missing(builder) if info.filename}
+    return list(by_file.values())
 
 
 def _check_data_dir(data_dir):

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
-from errors import UsageError
+from errors import RunError, UsageError
 
 
 @dataclass(frozen=True)
@@ -202,6 +202,31 @@ def load_weights(network, cfg):
         bn_stats = batchnorm.resolve(cfg.bn_stats, pretrained=provenance["source"] != "none")
         batchnorm.MODES[bn_stats](network.model)
     return replace(network, weights=provenance, bn_stats=bn_stats)
+
+
+def prepare(cfg):
+    """Fetches the ImageNet weights of `cfg` unless they are there.
+
+    Returns:
+        str. The path of their file.
+
+    Raises:
+        errors.RunError: they can't be had.
+    """
+    from models import imagenet  # imports Keras
+
+    source = BACKBONES[cfg.model_name].imagenet
+    try:
+        return imagenet.fetch_preset(source)[1] if source.preset else imagenet.fetch_file(source, cfg.input_size)
+    except imagenet.Unavailable as error:
+        raise RunError(f"the ImageNet weights of {cfg.model_name} can't be had: {error}") from error
+
+
+def files_to_fetch(cfg):
+    """Returns [(url, path)]: what `prepare` downloads, and where each file can be put by hand."""
+    from models import imagenet
+
+    return imagenet.files_to_fetch(BACKBONES[cfg.model_name].imagenet, cfg.input_size)
 
 
 def build(cfg, num_classes):

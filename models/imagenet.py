@@ -47,7 +47,7 @@ def fetch_file(source, input_size):
     """
     url = weights_url(source, input_size)
     name = url.rpartition("/")[2]
-    home = os.environ.get("KERAS_HOME") or os.path.join(os.path.expanduser("~"), ".keras")
+    home = _keras_home()
     path = os.path.join(home, "models", name)
     present = os.path.isfile(path)
     if present and source.md5 in (None, file_hash(path, "md5")):
@@ -65,6 +65,26 @@ def fetch_file(source, input_size):
             cache_dir=home,
             force_download=present,
         )
+
+
+def _keras_home():
+    return os.environ.get("KERAS_HOME") or os.path.join(os.path.expanduser("~"), ".keras")
+
+
+def files_to_fetch(source, input_size):
+    """Returns [(url, path)]: what there is to download, and where each file can be put by hand.
+
+    Args:
+        source: models.Imagenet.
+        input_size: int. Pixels.
+    """
+    if not source.preset:
+        url = weights_url(source, input_size)
+        return [(url, os.path.join(_keras_home(), "models", url.rpartition("/")[2]))]
+    from models import vit
+
+    folder, page = vit.preset_folder(source.preset), vit.preset_page(source.preset)
+    return [(page, os.path.join(folder, name)) for name in ("config.json", "model.weights.h5")]
 
 
 def fetch_preset(source):

@@ -42,6 +42,13 @@ def preset_folder(preset):
     return os.path.join(cache, "models", *handle.removeprefix("kaggle://").split("/"))
 
 
+def preset_page(preset):
+    """Returns the address of the page that offers `preset` for download."""
+    handle = keras_hub.models.ViTBackbone.presets[preset]["kaggle_handle"]
+    owner, model, framework, variation, version = handle.removeprefix("kaggle://").split("/")
+    return f"https://www.kaggle.com/models/{owner}/{model}/{framework}/{variation}/{version}"
+
+
 def load_preset(preset):
     """Returns the pretrained ViTBackbone of a preset's name or folder.
 
