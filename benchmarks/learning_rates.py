@@ -70,6 +70,8 @@ def run(args, scheme, rate, seed):
             "--input_size", args.input_size, "--train_type", scheme, "--learning_rate", rate, "--seed", seed,
             "--limit_test", "20", "--log_dir", str(Path(args.log_dir).resolve()), "--run_name", name, *args.more,
         ]  # fmt: skip
+        if "timing" in SCHEMES[scheme].reads:
+            command += ["--timing", "flops"]  # the same choice whatever else the machine does
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             print(f"{name}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}", file=sys.stderr, flush=True)
@@ -83,9 +85,10 @@ def header(rates):
 
 def row(scheme, rates, scores):
     """Returns a scheme's line: mean validation accuracy in percent by rate, and the rate of the highest."""
-    means = [statistics.mean(found) if None not in (found := scores[scheme, rate]) else None for rate in rates]
+    means = [statistics.mean(scores[scheme, rate]) if None not in scores[scheme, rate] else None for rate in rates]
     shown = " | ".join("failed" if mean is None else f"{mean:.1f}" for mean in means)
-    best = max((mean, rate) for mean, rate in zip(means, rates) if mean is not None)[1] if any(means) else "none"
+    found = [(mean, -float(rate), rate) for mean, rate in zip(means, rates) if mean is not None]
+    best = max(found)[2] if found else "none"  # ties go to the lower rate
     return f"| {scheme} | {shown} | {best} |"
 
 

@@ -78,7 +78,7 @@ SCHEMES = {
         fixed.norms_and_biases,
         fixed.check_eligible,
         frozenset({"exclude_layers"}),
-        learning_rate=1e-2,
+        learning_rate=3e-2,
     ),
     "fisher": Scheme(
         "the top rho by Fisher information: (activation x gradient)^2 / 2, with labels",

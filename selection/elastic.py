@@ -17,7 +17,7 @@ import numpy as np
 from errors import RunError, UsageError
 from selection.backward_budget import backward_share, backward_time, most_important
 from selection.ranking import eligible_paths, select_weights
-from selection.timing import seconds_of, tensors, timings, training_pass
+from selection.timing import cache_folder, seconds_of, tensors, timings, training_pass
 
 log = logging.getLogger("adabet")
 
@@ -52,7 +52,8 @@ def check(network, cfg, num_images):
         raise UsageError(
             f"--rho must leave time for a backward pass: over {least:.3f} here, where a forward pass takes "
             f"{cost.forward:.3g} {cost.unit} of a full step's {cost.forward + cost.backward:.3g} {cost.unit} "
-            f"({cost.source}). Received: {cfg.rho:g}."
+            f"({cost.source}). Received: {cfg.rho:g}; raise it"
+            + (f", or measure again on a quiet machine: the times are kept in {cache_folder()}." if cost.unit == "s" else ".")
         )
 
 

@@ -80,6 +80,8 @@ def prunetrain(network, batches, cfg):
             alive = group.largest >= THRESHOLD
             if alive.all():
                 continue
+            if not alive.any():
+                log.warning("All channels of %s are pruned: without a branch around it, nothing passes.", group.candidate.path)
             counts[group.candidate.path] = int((~alive).sum())
             constraints[group.kernel.path] = _zeroing(np.expand_dims(alive, group.others))
             for weight in group.companions:

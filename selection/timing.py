@@ -24,7 +24,10 @@ from pathlib import Path
 
 log = logging.getLogger("adabet")
 
-_REPEATS = 3  # the fastest counts: what disturbs a run only makes it slower
+# The fastest of the calls counts: what disturbs one only makes it slower.
+_REPEATS = 3  # at least, and
+_REPEATS_S = 0.5  # as many as this takes, but
+_MOST_REPEATS = 20
 _known = {}  # what this process has measured; the folder may not be writable
 
 
@@ -121,8 +124,9 @@ def measured(network, batch_size, conditions):
     model = network.model
     images = tf.random.stateless_uniform((batch_size, *model.inputs[0].shape[1:]), (0, 1), 0, 255)
     labels = tf.zeros(batch_size, tf.int64)
-    (forward_s,) = seconds_of([tf.function(lambda images: model(images, training=False))], images)
-    (step_s,) = seconds_of([training_pass(network, [weight.path for weight in tensors(network)])], images, labels)
+    forward = tf.function(lambda images, labels: model(images, training=False))
+    step = training_pass(network, [weight.path for weight in tensors(network)])
+    forward_s, step_s = seconds_of([forward, step], images, labels)
 
     shapes, by_kind = input_shapes(model, batch_size), {}
     own, through = {}, []
@@ -211,7 +215,9 @@ def seconds_of(functions, *args):
     for function in functions:
         function(*args)
     fastest = [math.inf] * len(functions)
-    for _ in range(_REPEATS):
+    first, repeats = time.perf_counter(), 0
+    while repeats < _REPEATS or (repeats < _MOST_REPEATS and time.perf_counter() - first < _REPEATS_S * len(functions)):
+        repeats += 1
         for i, function in enumerate(functions):
             tf.test.experimental.sync_devices()
             start = time.perf_counter()
