@@ -22,7 +22,7 @@ def check(cfg, reselects):
     minimal case, which fails on the day that this is mended.
 
     Args:
-        cfg: Config. Reads strategy and train_type.
+        cfg: Config. Reads strategy, train_type and memory_budget_mb.
         reselects: bool. The scheme selects anew while it trains.
 
     Raises:
@@ -38,6 +38,11 @@ def check(cfg, reselects):
         raise UsageError(
             f"--strategy goes with schemes that select once. Received: {cfg.train_type}, which selects anew every "
             "--interval epochs; leave out --strategy."
+        )
+    if cfg.strategy != "none" and cfg.memory_budget_mb is not None:
+        raise UsageError(
+            "--memory_budget_mb is of one device's training step. Received: --strategy mirrored with "
+            f"--memory_budget_mb {cfg.memory_budget_mb:g}; leave out one of them."
         )
 
 

@@ -218,9 +218,11 @@ def fine_tune(network, selection, data, cfg, folder, result):
         before = checksums(network)
         with additions(network, current) as penalties:
             images, labels = next(iter(data.train_batches(start, start + 1)))
-            share = len(labels) // model.distribute_strategy.num_replicas_in_sync  # what one device sees of a batch
+            devices = model.distribute_strategy.num_replicas_in_sync
+            share = len(labels) // devices  # what one device sees of a batch
             images, labels = images[:share], labels[:share]
-            result.estimated_bytes = max_known(result.estimated_bytes, estimated_training_step(model, images.shape))
+            if devices == 1:  # the estimate follows one device's step
+                result.estimated_bytes = max_known(result.estimated_bytes, estimated_training_step(model, images.shape))
             peak, first_step_s = measured_training_step(model, images, labels, changing_variables(network))
             result.peak_bytes, result.device = max_known(result.peak_bytes, peak.bytes), peak.device
             first_steps.append((first_step_s, len(clock.step_s)))

@@ -69,6 +69,7 @@ def test_two_devices_train_as_one(tmp_path, data_dir):
             assert float(two[column]) == pytest.approx(float(one[column]), rel=1e-5), (column, one, two)
         assert two["train_accuracy"] == one["train_accuracy"] and two["learning_rate"] == one["learning_rate"]
     assert metrics[0][0]["train_loss"] != metrics[0][1]["train_loss"]
+    assert [summary["peak_memory_bytes_estimated"] is None for summary in summaries] == [False, True]
     assert summaries[0]["accuracy"] == pytest.approx(summaries[1]["accuracy"], rel=1e-6)
     assert {path.name for path in logs.iterdir()} == {"none", "mirrored"}
 
@@ -132,7 +133,7 @@ def test_keras_cannot_fit_on_several_workers():
 @pytest.mark.parametrize(
     "strategy, says",
     [("multi_worker_mirrored", "fails under MultiWorkerMirroredStrategy"), ("mirrored", "at least two devices"),
-     ("mirrored --train_type prunetrain", "select once")],
+     ("mirrored --train_type prunetrain", "select once"), ("mirrored --memory_budget_mb 300", "leave out one of them")],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_in_one_line(strategy, says, tmp_path, capsys, data_dir):
     assert main(["--strategy", *strategy.split(), "--log_dir", str(tmp_path / "logs"), "--data_dir", data_dir]) == 2
