@@ -75,8 +75,11 @@ def bytes_of_training(model, input_shape):
     """Returns the estimated peak of a training step in bytes, before any has run; None where there is no estimate.
 
     What a run reports besides is not worth ending it: a step that can't be traced
-    or followed is said, and leaves no figure.
+    or followed is said, and leaves no figure. Several devices at work are not
+    followed.
     """
+    if model.distribute_strategy.num_replicas_in_sync > 1:
+        return None
     try:
         return of_training(model, tuple(input_shape)).bytes
     except Exception as error:
