@@ -86,7 +86,9 @@ class Bench:
 
     def start(self, *words, **axes):
         command = [sys.executable, str(self.folder / "sweep_it.py"), *self.words(*words, **axes)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # Tests that run in the background have SIGINT ignored, and so would the sweep.
+        listen = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
 
     def tell(self, name, text):
         (self.folder / name).write_text(text)
