@@ -15,7 +15,7 @@ import models
 import train
 from config import Config
 from errors import RunError, UsageError
-from memory_utils import Peak
+from memory.measure import Peak
 from models import batchnorm, channels
 from models.layers import watching
 from selection import SCHEMES, backward_budget, elastic, fisher, prunetrain, timing
