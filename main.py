@@ -76,7 +76,7 @@ def run(cfg, early_log):
     import models
     import train
     from memory import budget
-    from memory_utils import measured_peak
+    from memory.measure import measured_peak
 
     # All that can be wrong with the input comes to light before there is a run folder.
     images = data.load(cfg)

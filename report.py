@@ -7,7 +7,7 @@ import math
 import statistics
 from dataclasses import asdict
 
-from memory_utils import convention_mb, peak_rss_bytes
+from memory.measure import peak_rss_bytes
 from run_folder import fingerprint, library_versions
 from runtime import device_facts
 
@@ -97,9 +97,11 @@ def summary_record(cfg, network, selection, selection_s, selection_peak, result)
         selection: selection.Selection, the first, or None where the run ended before
             it. What trains is told of the last.
         selection_s: float or None. Seconds of the first selection.
-        selection_peak: memory_utils.Peak or None. The allocator's peak over it.
+        selection_peak: memory.measure.Peak or None. The allocator's peak over it.
         result: train.Result.
     """
+    from memory import convention  # loads Keras, which --help need not wait for
+
     seconds = [row["seconds"] for row in result.epochs]
     last = result.later[-1][1] if result.later else selection
     peaks = [peak for peak in (selection_peak and selection_peak.bytes, result.reselection_peak_bytes) if peak]
@@ -129,7 +131,7 @@ def summary_record(cfg, network, selection, selection_s, selection_peak, result)
         "peak_rss_bytes": peak_rss_bytes(),
         "memory_device": result.device,
         "peak_memory_bytes_estimated": result.estimated_bytes,
-        "memory_mb_published_convention": convention_mb(network, last.trained_weights) if last else None,
+        "memory_mb_published_convention": convention.megabytes(network, last.trained_weights) if last else None,
         **(trained_facts(network, last) if last else unknown),
         **dict.fromkeys(SCHEME_FACTS),
         **result.facts,

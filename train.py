@@ -20,7 +20,9 @@ from tqdm import tqdm
 import distribution
 import report
 from errors import RunError
-from memory_utils import estimated_training_step, measured_peak, measured_training_step
+from memory import estimate
+from memory.measure import measured_peak, measured_training_step
+from models.freezing import changing_variables, freeze
 from optimizers import compile_model, make_optimizer
 
 log = logging.getLogger("adabet")
@@ -66,36 +68,6 @@ class Result:
     reselection_s: float = 0.0
     reselection_peak_bytes: int | None = None
     facts: dict = field(default_factory=dict)
-
-
-def freeze(network, trained_weights):
-    """Lets exactly the weights with these paths train.
-
-    The switch is each weight's own, not its layer's: a layer that is not
-    trainable would also change how its batch normalisation runs.
-
-    Args:
-        network: models.Network.
-        trained_weights: collection of str, weight paths.
-
-    Raises:
-        RunError: a path belongs to no weight.
-    """
-    wanted = set(trained_weights)
-    unknown = wanted - {weight.path for weight in network.trainable_weights}
-    if unknown:
-        raise RunError(f"every selected weight must be in the network. Received: {sorted(unknown)[:3]}")
-    for weight in network.trainable_weights:
-        weight.trainable = weight.path in wanted
-    training = {weight.path for weight in network.model.trainable_variables}
-    if training != wanted:
-        raise RunError(f"the trained weights must be the selected ones; they differ in {sorted(training ^ wanted)[:3]}")
-
-
-def changing_variables(network):
-    """Returns the variables that a training step may change: all but the frozen weights."""
-    frozen = {id(weight) for weight in network.trainable_weights if not weight.trainable}
-    return [variable for variable in network.model.variables if id(variable) not in frozen]
 
 
 def checksums(network):
@@ -218,11 +190,9 @@ def fine_tune(network, selection, data, cfg, folder, result):
         before = checksums(network)
         with additions(network, current) as penalties:
             images, labels = next(iter(data.train_batches(start, start + 1)))
-            devices = model.distribute_strategy.num_replicas_in_sync
-            share = len(labels) // devices  # what one device sees of a batch
+            share = len(labels) // model.distribute_strategy.num_replicas_in_sync  # what one device sees of a batch
             images, labels = images[:share], labels[:share]
-            if devices == 1:  # the estimate follows one device's step
-                result.estimated_bytes = max_known(result.estimated_bytes, estimated_training_step(model, images.shape))
+            result.estimated_bytes = max_known(result.estimated_bytes, estimate.bytes_of_training(model, images.shape))
             peak, first_step_s = measured_training_step(model, images, labels, changing_variables(network))
             result.peak_bytes, result.device = max_known(result.peak_bytes, peak.bytes), peak.device
             first_steps.append((first_step_s, len(clock.step_s)))

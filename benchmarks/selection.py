@@ -56,7 +56,7 @@ def measure(args):
 
     import models
     from config import Config
-    from memory_utils import measured_peak
+    from memory.measure import measured_peak
     from selection.betti import betti_1_of_each
     from selection.topology import count_bars
 

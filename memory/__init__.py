@@ -1,5 +1,7 @@
-"""Peak memory without running anything: the traced step, simulated, and the published convention.
+"""Peak memory: measured; without running anything, by the traced step, simulated; and the published convention.
 
+    measure      the allocator's own count, over any block and over a training step
+    scheme       all figures of one training scheme, measured in a fresh process
     step_graph   the training step as TensorFlow will run it: traced, optimised, every size known
     kernels      what each operation does with buffers: allocates, reuses, passes on
     allocator    TensorFlow's allocator: which chunk a request gets, and how much of it is waste
@@ -9,5 +11,5 @@
     convention   the figure of the published plot, computed its way
     figure       the published plot, drawn by convention and as measured
 
-memory_utils.py, one folder up, is where users and the other parts come in.
+memory_utils.py, one folder up, is the command line.
 """

@@ -8,9 +8,9 @@ might slip under the budget by chance; none is looked for.)
 
 import logging
 
-import train
 from errors import UsageError
 from memory import estimate
+from models.freezing import freeze
 from optimizers import compile_model, make_optimizer
 from selection.ranking import with_prefix
 
@@ -32,7 +32,7 @@ def check(network, cfg, batch_size):
     """
     needed = peak_bytes(network, [weight.path for weight in network.head.weights], cfg, batch_size)
     # A selection comes next, and some take gradients: they are to find the network as it was.
-    train.freeze(network, [weight.path for weight in network.trainable_weights])
+    freeze(network, [weight.path for weight in network.trainable_weights])
     if needed > cfg.memory_budget_mb * MB:
         raise UsageError(
             f"--memory_budget_mb must allow for training the classifier alone, which is estimated to need "
@@ -80,6 +80,6 @@ def fit(network, selection, cfg, batch_size):
 
 def peak_bytes(network, trained_weights, cfg, batch_size):
     """Returns the estimated peak of a training step in bytes; leaves the network frozen so."""
-    train.freeze(network, trained_weights)
+    freeze(network, trained_weights)
     compile_model(network.model, make_optimizer(cfg, total_steps=1))
     return estimate.of_training(network.model, (batch_size, *network.model.inputs[0].shape[1:])).bytes

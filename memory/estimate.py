@@ -1,5 +1,6 @@
 """Predicts the peak memory of a training step, and says what it is made of."""
 
+import logging
 import os
 from dataclasses import dataclass
 
@@ -7,6 +8,8 @@ import tensorflow as tf
 
 from memory import executor, step_graph
 from memory.allocator import Allocator
+
+log = logging.getLogger("adabet")
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "temporary")
 
@@ -66,3 +69,19 @@ def of_step(step, repetitions=2, allocator=None):
 def num_threads():
     """Returns how many operations the executor runs side by side."""
     return tf.config.threading.get_inter_op_parallelism_threads() or os.cpu_count() or 1
+
+
+def bytes_of_training(model, input_shape):
+    """Returns the estimated peak of a training step in bytes, before any has run; None where there is no estimate.
+
+    What a run reports besides is not worth ending it: a step that can't be traced
+    or followed is said, and leaves no figure. Several devices at work are not
+    followed.
+    """
+    if model.distribute_strategy.num_replicas_in_sync > 1:
+        return None
+    try:
+        return of_training(model, tuple(input_shape)).bytes
+    except Exception as error:
+        log.warning("The peak memory can't be estimated: %s", " ".join(str(error).split()))
+        return None

@@ -2,9 +2,8 @@
 
 from dataclasses import replace
 
-import memory_utils
 import runtime
-from memory import convention
+from memory import convention, scheme
 from selection import SCHEMES
 
 MODELS = {"resnet50": "ResNet50", "vit": "ViT-B/16", "mobilenetv2": "MobileNetV2", "vgg16": "VGG16"}
@@ -45,13 +44,13 @@ def _scheme(bar):
 
 def _figures(cfg, bar):
     """Returns (MB by convention, measured MB) of one bar."""
-    network = memory_utils.build(cfg, cfg.num_classes)
+    network = scheme.build(cfg, cfg.num_classes)
     if bar == "inference":
         trained = ()
-        peak = memory_utils.measure_peak(cfg, cfg.num_classes, "inference")
+        peak = scheme.measure_peak(cfg, cfg.num_classes, "inference")
     else:
-        trained = memory_utils.select(network, cfg).trained_weights
-        peak = memory_utils.measure_peak(cfg, cfg.num_classes, "training", trained)
+        trained = scheme.select(network, cfg).trained_weights
+        peak = scheme.measure_peak(cfg, cfg.num_classes, "training", trained)
     return convention.megabytes(network, trained), None if peak.bytes is None else peak.bytes / convention.MB
 
 

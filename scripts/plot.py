@@ -206,7 +206,7 @@ def measure_inference(wanted):
     runtime.load_tensorflow()
     import models
     import tensorflow as tf
-    from memory_utils import measured_peak
+    from memory.measure import measured_peak
 
     size = wanted["input_size"]
     model = models.assemble(Config(model_name=wanted["model_name"], input_size=size), wanted["num_classes"]).model

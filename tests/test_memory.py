@@ -12,11 +12,11 @@ from test_main import assemble_tiny, run_of, tiny  # noqa: F401  a fixture
 
 import memory_utils
 import models
-import train
 from config import Config
 from memory import budget, convention, estimate, figure, step_graph
 from memory.allocator import Allocator, Chunk
 from models import batchnorm
+from models.freezing import freeze
 from optimizers import compile_model, make_optimizer
 
 ROOT = Path(__file__).parent.parent
@@ -109,7 +109,7 @@ def normalised(bn_stats):
 def traced(network, trained=None, **flags):
     """The Step that trains the layers with these names, all by default."""
     weights = [w.path for w in network.trainable_weights if trained is None or w.path.split("/")[0] in trained]
-    train.freeze(network, weights)
+    freeze(network, weights)
     compile_model(network.model, make_optimizer(Config(**flags), total_steps=10))
     return step_graph.trace(network.model, (BATCH, SIDE, SIDE, 8))
 

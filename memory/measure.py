@@ -1,0 +1,107 @@
+"""Peak memory as the framework's allocator counts it, on the device in use.
+
+On a CPU that takes the allocator that runtime.py chooses; on a GPU every
+allocator counts. What counts is all that TensorFlow holds there: weights,
+optimizer state, activations, gradients and workspace. Memory of NumPy and gudhi
+doesn't; the process's peak resident size, beside it, has everything.
+"""
+
+import contextlib
+import gc
+import logging
+import resource
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+
+import runtime
+
+log = logging.getLogger("adabet")
+
+MEASURED_STEPS = 3
+MEASURING_S = 10.0  # no further step is begun after so many seconds
+
+
+@dataclass
+class Peak:
+    """What a `measured_peak` block found.
+
+    Attributes:
+        bytes: int or None. The allocator's peak inside the block; None where
+            this device's allocator doesn't count.
+        device: str. Where, e.g. ``CPU:0``.
+    """
+
+    bytes: int | None
+    device: str
+
+
+@contextlib.contextmanager
+def measured_peak():
+    """Measures the allocator's peak over the block.
+
+    Yields:
+        Peak, filled in when the block ends.
+    """
+    import tensorflow as tf
+
+    peak = Peak(None, runtime.device())
+    try:
+        tf.config.experimental.reset_memory_stats(peak.device)
+    except ValueError as error:
+        log.warning("The memory of %s can't be measured: %s", peak.device, error)
+        yield peak
+        return
+    yield peak
+    peak.bytes = tf.config.experimental.get_memory_info(peak.device)["peak"]
+
+
+def peak_rss_bytes():
+    """Returns the largest resident size that this process has had so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024  # kibibytes everywhere but on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def measured_training_step(model, images, labels, changing):
+    """Measures training steps on one resident batch, and undoes them.
+
+    The first step traces and warms up; the second to fourth are measured, fewer
+    where they take long, and their median counts. One step alone can be far off:
+    which chunks it gets hangs on how threads happened to interleave, and the head of
+    ResNet50 took 185 MB in one process and 233 MB in the next. Afterwards every
+    weight, statistic, random state and optimizer slot has its former value, to the
+    last bit.
+
+    Args:
+        model: compiled keras.Model.
+        images: float32 tensor of shape (B, S, S, 3).
+        labels: int tensor of shape (B,).
+        changing: list of keras.Variable. All of the model's that a training
+            step can change.
+
+    Returns:
+        peak: Peak, the median of the measured steps.
+        first_step_s: float. Seconds of the first step, tracing included.
+    """
+    gc.collect()  # the optimizers and traces of earlier compilations, such as a budget's, are in cycles
+    with model.distribute_strategy.scope():
+        model.optimizer.build(model.trainable_variables)
+    state = [*changing, *model.optimizer.variables]
+    before = [variable.numpy() for variable in state]
+
+    start = time.perf_counter()
+    model.train_on_batch(images, labels)
+    first_step_s = time.perf_counter() - start
+    peaks, start = [], time.perf_counter()
+    while len(peaks) < MEASURED_STEPS and (not peaks or time.perf_counter() - start < MEASURING_S):
+        with measured_peak() as peak:
+            model.train_on_batch(images, labels)
+        peaks.append(peak)
+
+    for variable, value in zip(state, before):
+        variable.assign(value)
+    model.reset_metrics()
+    if peak.bytes is not None:
+        peak = Peak(statistics.median_low(one.bytes for one in peaks), peak.device)
+    return peak, first_step_s
