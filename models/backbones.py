@@ -4,7 +4,6 @@ import keras
 
 from models import BACKBONES, Network
 from models.layers import find_candidates
-from models.layers import find_candidates
 
 # Mean of the ImageNet images, in the order blue, green, red.
 _IMAGENET_MEAN_BGR = (103.939, 116.779, 123.68)

@@ -8,7 +8,6 @@ for that, so that no activation lives longer than in plain inference.
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import tensorflow as tf
 
 import runtime

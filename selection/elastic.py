@@ -17,7 +17,7 @@ import numpy as np
 from errors import RunError, UsageError
 from selection.backward_budget import backward_share, backward_time, most_important
 from selection.ranking import eligible_paths, select_weights
-from selection.timing import cache_folder, seconds_of, tensors, timings, training_pass
+from selection.timing import cache_folder, gradient_function, seconds_of, tensors, timings, training_pass
 
 log = logging.getLogger("adabet")
 
@@ -107,22 +107,10 @@ def gradient_magnitude(network, images, labels, cfg, epoch):
 @contextlib.contextmanager
 def _gradient_pass(network):
     """Gives a function from a batch to the gradients of its mean loss, one a tensor."""
-    import tensorflow as tf
-
-    from models.batchnorm import statistics_kept
-
-    weights = [weight.value for weight in tensors(network)]
-
-    @tf.function
-    def gradients(images, labels):
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(weights)
-            logits = network.model(images, training=False)
-            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
-        return tape.gradient(loss, weights, unconnected_gradients="zero")
+    from models.batchnorm import statistics_kept  # loads Keras
 
     with statistics_kept(network.model, network.bn_stats):
-        yield gradients
+        yield gradient_function(network, tensors(network))
 
 
 def _select(network, batches, cfg, importance):

@@ -148,18 +148,28 @@ def training_pass(network, weight_paths):
 
     It stands for a training step, to which the optimizer adds little.
     """
+    wanted = set(weight_paths)
+    return gradient_function(network, [weight for weight in network.trainable_weights if weight.path in wanted])
+
+
+def gradient_function(network, weights):
+    """Returns a traced function (images, labels) -> gradients of the mean loss, one a weight; dropout is off.
+
+    Args:
+        network: models.Network.
+        weights: list of keras.Variable.
+    """
     import tensorflow as tf
 
-    wanted = set(weight_paths)
-    weights = [weight.value for weight in network.trainable_weights if weight.path in wanted]
+    values = [weight.value for weight in weights]
 
     @tf.function
     def gradients(images, labels):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(weights)
+            tape.watch(values)
             logits = network.model(images, training=False)
             loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
-        return tape.gradient(loss, weights)
+        return tape.gradient(loss, values, unconnected_gradients="zero")
 
     return gradients
 

@@ -11,7 +11,6 @@ import tensorflow as tf
 from networks import backbone_network, calibrate, digits_images, network_of, small_vit_network, tiny_model
 from test_main import assemble_tiny, run_of, tiny  # noqa: F401  a fixture
 
-import models
 import train
 from config import Config
 from errors import RunError, UsageError
