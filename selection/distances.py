@@ -6,28 +6,58 @@ what costs, so it is read once, in single precision and by all cores; the few
 distances whose order that can't settle are then taken again in double
 precision. Betti numbers hang on the order of the distances alone, so they are
 those of double precision throughout.
+
+A batch normalisation by stored statistics scales and shifts each channel of its
+input. The same reading that gives the input's distances gives the output's too,
+as sums weighted by channel; of the output only what stays in doubt is read.
 """
 
 import os
+from dataclasses import dataclass
 
 import numba
 import numpy as np
 
-# Columns that one tile of 4 x 4 pairs sums up in float32 before it adds to the
-# float64 total; 32 rows of them stay in a core's cache.
-_BLOCK = 512
+from selection.tiles import LANES, SIDE, copy_vector, tile_of_pairs, tile_on_diagonal
 
-# Largest relative error of a squared distance so computed: each of 8 SIMD lanes
-# or more adds up to _BLOCK / 8 non-negative terms, with a rounding of 2**-24
-# each, and a term has three of its own. (With 4 lanes the worst case is twice
-# that, if all roundings went one way.)
-_ERROR = (_BLOCK / 8 + 4) * 2.0**-24
+# Vectors that a lane sums up in float32 before the sum goes to float64, at most.
+_STEPS = 16
+
+# Bytes of the packed part of a cloud that is worked on at a time: half of a
+# common second-level cache.
+_PACKED_BYTES = 1 << 19
+
+_UNIT = 2.0**-24  # float32's unit roundoff
+
+# Largest relative error of a squared distance so computed, terms being
+# non-negative: one rounding of the difference counts twice, one of each step,
+# one of each halving of the lanes, and two of a weight and its product.
+_ERROR = (2 + _STEPS + np.log2(LANES) + 2) * _UNIT
 
 # Squared distances outside of this range may have lost terms to float32's ends.
 _SMALLEST, _LARGEST = 1e-25, 1e30
 
-# What keeps NaN and infinity as they are, and lets sums go over SIMD lanes.
-_FAST = {"reassoc", "contract", "nsz"}
+# Where more pairs than _SAMPLE are in doubt by the worst case, so many are summed
+# again first. Roundings hardly ever all go one way: the error is then taken to
+# be at most _MARGIN times the largest that these show.
+_SAMPLE, _MARGIN = 64, 16
+
+# Elements that are worth a second thread.
+_SHARE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over the columns of a cloud, good to a relative error known beforehand.
+
+    Attributes:
+        plain: float64 array of shape (n, n). Above the diagonal the squared
+            distances of the points, on it their squared norms.
+        weighted: the same with each column's terms weighted, or None.
+    """
+
+    plain: np.ndarray
+    weighted: np.ndarray | None
 
 
 def num_workers():
@@ -51,20 +81,92 @@ def pairwise_distances(cloud, pool=None, num_parts=1):
         order of the true distances (up to float64's rounding); NaN or infinite
         somewhere where the cloud is not finite.
     """
+    return settled(cloud, sums_of_squares(cloud, None, pool, num_parts).plain, pool=pool, num_parts=num_parts)
+
+
+def sums_of_squares(cloud, weights=None, pool=None, num_parts=1):
+    """Reads a cloud once and returns its `Sums`.
+
+    Args:
+        cloud: float32 array of shape (n, d).
+        weights: float32 array of shape (c,), not negative, or None: d is a
+            multiple of c, and column k has weight k modulo c.
+        pool, num_parts: see `pairwise_distances`.
+    """
     cloud = np.ascontiguousarray(cloud)
     num_points, dimension = cloud.shape
-    run = pool.map if pool else map
-    bounds = [dimension * part // num_parts // _BLOCK * _BLOCK for part in range(num_parts)] + [dimension]
-    squared = sum(run(lambda part: _squared_in_tiles(cloud, bounds[part], bounds[part + 1]), range(num_parts)))
-    rows, columns = np.triu_indices(num_points, 1)
-    values = squared[rows, columns]
-    unsure = _unsure(values)
-    shares = [unsure[part::num_parts] for part in range(num_parts)]
-    for share, exact in zip(shares, run(lambda share: _squared_of_pairs(cloud, rows[share], columns[share]), shares)):
-        values[share] = exact
-    distances = np.zeros((num_points, num_points))
-    distances[rows, columns] = distances[columns, rows] = np.sqrt(values)
-    return distances
+    if weights is None:
+        lanes_weights, is_weighted = np.ones(4 * LANES, np.float32), False
+    else:
+        lanes_weights, is_weighted = np.tile(weights, np.lcm(len(weights), LANES) // len(weights)), True
+    period = len(lanes_weights)
+    rounds = dimension // period
+    parts = num_parts if cloud.size > _SHARE else 1
+    bounds = [rounds * part // parts for part in range(parts + 1)]
+
+    def part(k):
+        return _sums_of_rounds(cloud, bounds[k], bounds[k + 1], lanes_weights, is_weighted)
+
+    totals = sum((pool.map if pool and parts > 1 else map)(part, range(parts)))
+    plain, weighted = _add_rest(cloud, rounds * period, lanes_weights, totals)
+    return Sums(plain, weighted if is_weighted else None)
+
+
+def settled(cloud, squared, noise=None, pool=None, num_parts=1):
+    """Returns distances from squared ones, reading `cloud` again where their order is in doubt.
+
+    Args:
+        cloud: float32 array of shape (n, d).
+        squared: float64 array of shape (n, n), as `Sums` holds.
+        noise: float64 array of shape (n,), or None. How far each row of `cloud`
+            may lie, in Euclidean norm, from the point that `squared` speaks of.
+        pool, num_parts: see `pairwise_distances`.
+
+    Returns:
+        float64 array of shape (n, n), see `pairwise_distances`.
+    """
+    rows, columns, values = _pairs_above(squared)
+
+    def sum_again(which):
+        parts = num_parts if pool and len(which) * cloud.shape[1] > _SHARE else 1
+        shares = [which[part::parts] for part in range(parts)]
+        again = (pool.map if parts > 1 else map)(lambda pairs: _squared_of_pairs(cloud, rows[pairs], columns[pairs]), shares)
+        for share, exact in zip(shares, again):
+            values[share] = exact
+
+    error = _worst_errors(values, rows, columns, np.zeros(len(squared)) if noise is None else noise)
+    unsure = _in_doubt(values, error)
+    if len(unsure) > _SAMPLE:
+        sample = unsure[:: len(unsure) // _SAMPLE]
+        estimates = values[sample]
+        sum_again(sample)
+        seen = np.abs(estimates - values[sample]).max() / estimates.min()
+        error = np.minimum(error, _MARGIN * seen) if np.isfinite(seen) else error
+        error[sample] = 0
+        unsure = np.setdiff1d(_in_doubt(values, error), sample, assume_unique=True)
+    sum_again(unsure)
+    return _symmetric(values, rows, columns, len(squared))
+
+
+def normalised_noise(weighted, shift, offset, positions):
+    """Bounds what float32 does to the rows of a normalised cloud.
+
+    A normalisation computes y = s x + (b - s m), or s (x - m) + b, by channel:
+    products and sums of at most |s x| + |s m| + |b|, four roundings in all;
+    another four are left to s itself, whose reciprocal root may be off by as
+    many.
+
+    Args:
+        weighted: float64 array of shape (n, n). Weighted `Sums`, the weights
+            being s * s.
+        shift: float. Euclidean norm of s m over the channels.
+        offset: float. The same of b.
+        positions: int. Columns of a channel.
+
+    Returns:
+        float64 array of shape (n,), for `settled`.
+    """
+    return 8 * _UNIT * (np.sqrt(np.diagonal(weighted)) + np.sqrt(positions) * (shift + offset))
 
 
 def from_gram(gram):
@@ -75,23 +177,157 @@ def from_gram(gram):
     return distances + distances.T
 
 
-def _unsure(squared):
-    """Returns the indices of squared distances that could change places with another one.
+@numba.njit(nogil=True, cache=True)
+def _sums_of_rounds(cloud, start, stop, weights, is_weighted):
+    """Sums squared differences over the rounds from `start` to `stop`.
+
+    A round is len(weights) columns. Some are packed at a time, each lane's
+    vectors behind each other, so that the tiles read them in order and from the
+    cache, wherever the rows of the cloud lie.
+
+    Returns:
+        float64 array of shape (2, t, t, 4, 4): plain and weighted sums of tiles
+        of 4 x 4 points, t of them a side; valid for points x <= y.
+    """
+    num_points, dimension = cloud.shape
+    tiles = (num_points + SIDE - 1) // SIDE
+    groups = len(weights) // LANES
+    vector_bytes = 4 * LANES
+    room = max(1, _PACKED_BYTES // (tiles * SIDE * vector_bytes))  # vectors a row
+    steps = max(min(_STEPS, room), 1)
+    if is_weighted:
+        together = max(1, min(groups, room // steps))
+        deep = steps * max(1, min(8, room // (steps * together)))
+    else:
+        together = groups
+        deep = steps * max(1, room // (steps * together))
+
+    totals = np.zeros((2, tiles, tiles, SIDE, SIDE))
+    row = deep + 1  # not a power of two, which would map all rows to the same cache lines
+    packed = np.empty((together, tiles * SIDE, row, LANES), np.float32)
+    source, target, lane_weights = cloud.ctypes.data, packed.ctypes.data, weights.ctypes.data
+    plain = totals.ctypes.data
+    second = totals[1].ctypes.data
+    for begin in range(start, stop, deep):
+        depth = min(deep, stop - begin)
+        for first in range(0, groups, together):
+            last = min(first + together, groups)
+            for r in range(tiles * SIDE):
+                at = source + 4 * (min(r, num_points - 1) * dimension + begin * len(weights))
+                ahead = 4 * dimension if r < num_points - 1 else 0
+                for t in range(depth):
+                    for g in range(first, last):
+                        element = at + t * 4 * len(weights) + g * vector_bytes
+                        copy_vector(
+                            target + (((g - first) * tiles * SIDE + r) * row + t) * vector_bytes, element, element + ahead
+                        )
+            for g in range(first, last):
+                for t in range(0, depth, steps):
+                    base = target + ((g - first) * tiles * SIDE * row + t) * vector_bytes
+                    count = min(steps, depth - t)
+                    factors = lane_weights + g * vector_bytes
+                    for i in range(tiles):
+                        a = base + i * SIDE * row * vector_bytes
+                        for j in range(i, tiles):
+                            b = base + j * SIDE * row * vector_bytes
+                            place = (i * tiles + j) * SIDE * SIDE * 8
+                            sums = second + place if is_weighted else 0
+                            if i == j:
+                                tile_on_diagonal(a, b, row, count, factors, plain + place, sums)
+                            else:
+                                tile_of_pairs(a, b, row, count, factors, plain + place, sums)
+    packed[0, 0, 0, 0] = 0  # it has to live to here: the addresses alone don't keep it
+    return totals
+
+
+@numba.njit(nogil=True, cache=True)
+def _add_rest(cloud, start, weights, totals):
+    """Adds the columns from `start`, fewer than a round, to tiled totals.
+
+    Returns:
+        plain, weighted: float64 arrays of shape (n, n), valid on and above the
+        diagonal, which has the squared norms.
+    """
+    num_points, dimension = cloud.shape
+    plain, weighted = np.zeros((num_points, num_points)), np.zeros((num_points, num_points))
+    for i in range(num_points):
+        for j in range(i, num_points):
+            tile = totals[:, i // SIDE, j // SIDE, i % SIDE, j % SIDE]
+            rest, rest_weighted = tile[0], tile[1]
+            for c in range(start, dimension):
+                difference = np.float64(cloud[i, c]) - (np.float64(cloud[j, c]) if i != j else 0.0)
+                term = difference * difference
+                rest += term
+                rest_weighted += term * weights[c - start]
+            plain[i, j] = rest
+            weighted[i, j] = rest_weighted
+    return plain, weighted
+
+
+@numba.njit(nogil=True, cache=True)
+def _pairs_above(matrix):
+    """Returns the rows, columns and values above a matrix' diagonal, each of shape (pairs,)."""
+    num_points = len(matrix)
+    pairs = num_points * (num_points - 1) // 2
+    rows, columns, values = np.empty(pairs, np.int64), np.empty(pairs, np.int64), np.empty(pairs)
+    k = 0
+    for i in range(num_points):
+        for j in range(i + 1, num_points):
+            rows[k], columns[k], values[k] = i, j, matrix[i, j]
+            k += 1
+    return rows, columns, values
+
+
+@numba.njit(nogil=True, cache=True)
+def _worst_errors(squared, rows, columns, noise):
+    """Bounds the relative error of each squared distance, given `noise` as in `settled`."""
+    errors = np.empty(len(squared))
+    for k in range(len(squared)):
+        far = noise[rows[k]] + noise[columns[k]]
+        errors[k] = (1 + _ERROR) * (1 + far / np.sqrt(squared[k])) ** 2 - 1 if far > 0 else _ERROR
+    return errors
+
+
+@numba.njit(nogil=True, cache=True)
+def _in_doubt(squared, errors):
+    """Returns the indices of the squared distances that could change places, or tie, with another one.
 
     Args:
-        squared: float64 array of shape (pairs,), each good to a relative _ERROR.
+        squared, errors: float64 arrays of shape (pairs,). Values, and how much
+            each may be off, relatively.
     """
+    pairs = len(squared)
     order = np.argsort(squared)
-    ordered = squared[order]
-    # Written so that NaN is unsure.
-    apart = ordered[1:] * (1 - _ERROR) > ordered[:-1] * (1 + _ERROR)
-    sure = (ordered > _SMALLEST) & (ordered < _LARGEST)
-    sure[1:] &= apart
-    sure[:-1] &= apart
-    return order[~sure]
+    # What lies above each place at least. NaN compares false, and so is in doubt.
+    above = np.empty(pairs + 1)
+    above[pairs] = np.inf
+    for k in range(pairs - 1, -1, -1):
+        pair = order[k]
+        above[k] = min(above[k + 1], squared[pair] * (1 - errors[pair]))
+    unsure = np.empty(pairs, np.int64)
+    count = 0
+    below = -1.0
+    for k in range(pairs):
+        pair = order[k]
+        value = squared[pair]
+        sure = below < value * (1 - errors[pair]) and value * (1 + errors[pair]) < above[k + 1]
+        if not (sure and value > _SMALLEST and value < _LARGEST):
+            unsure[count] = pair
+            count += 1
+        below = max(below, value * (1 + errors[pair]))
+    return unsure[:count]
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@numba.njit(nogil=True, cache=True)
+def _symmetric(squared, rows, columns, num_points):
+    distances = np.zeros((num_points, num_points))
+    for k in range(len(squared)):
+        distances[rows[k], columns[k]] = distances[columns[k], rows[k]] = np.sqrt(squared[k])
+    return distances
+
+
+# What keeps NaN and infinity as they are, and lets sums go over SIMD lanes.
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
 def _squared_of_pairs(cloud, rows, columns):
     """Returns the squared distances of the points rows[k] and columns[k] in float64, shape (pairs,)."""
     squared = np.empty(len(rows))
@@ -103,71 +339,3 @@ def _squared_of_pairs(cloud, rows, columns):
             total += difference * difference
         squared[k] = total
     return squared
-
-
-@numba.njit(nogil=True, cache=True, fastmath=_FAST)
-def _squared_in_tiles(cloud, start, stop):
-    """Sums the squared differences of the columns from `start` to `stop`, for all pairs of points.
-
-    Differences are taken before they are squared, so that no digits cancel,
-    wherever the cloud lies. A tile of 4 x 4 pairs is what keeps its 16 sums and
-    8 operands in SIMD registers.
-
-    Args:
-        cloud: float32 array of shape (n, d), C order.
-
-    Returns:
-        float64 array of shape (m, m), m being n rounded up to whole tiles; valid
-        in the upper triangle of the first n rows and columns.
-    """
-    num_points = cloud.shape[0]
-    last = num_points - 1
-    padded = (num_points + 3) // 4 * 4
-    total = np.zeros((padded, padded))
-    for begin in range(start, stop, _BLOCK):
-        end = min(begin + _BLOCK, stop)
-        for i in range(0, padded, 4):
-            a0, a1 = cloud[i, begin:end], cloud[min(i + 1, last), begin:end]
-            a2, a3 = cloud[min(i + 2, last), begin:end], cloud[min(i + 3, last), begin:end]
-            for j in range(i, padded, 4):
-                b0, b1 = cloud[j, begin:end], cloud[min(j + 1, last), begin:end]
-                b2, b3 = cloud[min(j + 2, last), begin:end], cloud[min(j + 3, last), begin:end]
-                zero = np.float32(0)
-                s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = zero
-                s20 = s21 = s22 = s23 = s30 = s31 = s32 = s33 = zero
-                for c in range(end - begin):
-                    u0, u1, u2, u3 = a0[c], a1[c], a2[c], a3[c]
-                    v0, v1, v2, v3 = b0[c], b1[c], b2[c], b3[c]
-                    s00 += (u0 - v0) * (u0 - v0)
-                    s01 += (u0 - v1) * (u0 - v1)
-                    s02 += (u0 - v2) * (u0 - v2)
-                    s03 += (u0 - v3) * (u0 - v3)
-                    s10 += (u1 - v0) * (u1 - v0)
-                    s11 += (u1 - v1) * (u1 - v1)
-                    s12 += (u1 - v2) * (u1 - v2)
-                    s13 += (u1 - v3) * (u1 - v3)
-                    s20 += (u2 - v0) * (u2 - v0)
-                    s21 += (u2 - v1) * (u2 - v1)
-                    s22 += (u2 - v2) * (u2 - v2)
-                    s23 += (u2 - v3) * (u2 - v3)
-                    s30 += (u3 - v0) * (u3 - v0)
-                    s31 += (u3 - v1) * (u3 - v1)
-                    s32 += (u3 - v2) * (u3 - v2)
-                    s33 += (u3 - v3) * (u3 - v3)
-                total[i, j] += s00
-                total[i, j + 1] += s01
-                total[i, j + 2] += s02
-                total[i, j + 3] += s03
-                total[i + 1, j] += s10
-                total[i + 1, j + 1] += s11
-                total[i + 1, j + 2] += s12
-                total[i + 1, j + 3] += s13
-                total[i + 2, j] += s20
-                total[i + 2, j + 1] += s21
-                total[i + 2, j + 2] += s22
-                total[i + 2, j + 3] += s23
-                total[i + 3, j] += s30
-                total[i + 3, j + 1] += s31
-                total[i + 3, j + 2] += s32
-                total[i + 3, j + 3] += s33
-    return total

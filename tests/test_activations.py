@@ -5,6 +5,8 @@ extractor (ViT: from a walk by hand), flattened to float64, scipy's distances on
 points, ripser over Z/2.
 """
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from scipy.spatial.distance import pdist, squareform
 
 from errors import RunError
 from models.layers import find_candidates
-from selection.activations import distance_pass
+from selection.activations import _normalisations, distance_pass
 from selection.betti import betti_1_of_each
 from selection.topology import count_bars
 
@@ -82,6 +84,15 @@ def test_counts_equal_the_reference(model_name, num_layers, seed):
     expected = [reference_count(activation) for activation in extracted_activations(network, images)]
     assert our_counts(network, images) == expected
     assert len(expected) == num_layers and sum(expected) > num_layers
+
+
+def test_normalisations_are_read_with_their_inputs():
+    # ResNet50 without its head: 53 convolutions, each with its normalisation.
+    network = backbone_network("resnet50")
+    found = _normalisations(network)
+    assert len(found) == 53
+    assert found["conv2_block1_1_conv"][0] == "conv2_block1_1_bn"
+    assert _normalisations(dataclasses.replace(network, bn_stats="batch")) == {}
 
 
 def test_counts_equal_the_reference_inside_a_vit():

@@ -6,7 +6,7 @@ from ripser import ripser
 from scipy.spatial.distance import pdist, squareform
 
 from selection.betti import betti_1, betti_1_of_each
-from selection.distances import pairwise_distances
+from selection.distances import normalised_noise, pairwise_distances, settled, sums_of_squares
 
 SQUARE = np.array([[0.0, 0], [1, 0], [1, 1], [0, 1]])
 
@@ -152,3 +152,41 @@ def test_what_is_not_finite_shows(value):
     cloud = np.ones((5, 6000), np.float32)
     cloud[3, 5999] = value
     assert not np.isfinite(pairwise_distances(cloud)).all()
+
+
+@pytest.mark.parametrize("shape, channels", [((32, 16 * 24), 24), ((7, 49 * 160), 160), ((33, 5000 * 8), 8), ((70, 900 * 96), 96)])
+def test_one_reading_gives_plain_and_weighted_sums(shape, channels):
+    rng = np.random.default_rng(7)
+    cloud = rng.normal(size=shape).astype(np.float32)
+    weights = rng.random(channels).astype(np.float32)
+    sums = sums_of_squares(cloud, weights)
+    scaled = cloud.astype(np.float64) * np.sqrt(np.tile(weights.astype(np.float64), shape[1] // channels))
+    upper = np.triu_indices(len(cloud), 1)
+    for found, points in ((sums.plain, cloud.astype(np.float64)), (sums.weighted, scaled)):
+        np.testing.assert_allclose(found[upper], distances_of(points)[upper] ** 2, rtol=3e-6)
+        np.testing.assert_allclose(np.diagonal(found), (points**2).sum(1), rtol=3e-6)
+
+
+def test_distances_settled_from_a_normalisations_input_are_those_of_its_output():
+    # Images that share nearly all of their content: rounding weighs most there.
+    rng = np.random.default_rng(8)
+    images = (rng.normal(size=(1, 200, 16)) + 1e-2 * rng.normal(size=(24, 200, 16))).astype(np.float32)
+    mean, scale, beta = images.mean((0, 1)), (1 + rng.random(16)).astype(np.float32), rng.normal(size=16).astype(np.float32)
+    output = (images * scale + (beta - mean * scale)).astype(np.float32).reshape(24, -1)
+    weighted = sums_of_squares(images.reshape(24, -1), scale * scale).weighted
+    noise = normalised_noise(weighted, np.linalg.norm(mean * scale), np.linalg.norm(beta), 200)
+    exact = distances_of(output.astype(np.float64))
+    actual = np.abs(np.sqrt(weighted + weighted.T) - exact)[np.triu_indices(24, 1)]
+    assert 0 < actual.max() < 2 * noise.max() < 1e-3 * exact.max()
+    found = settled(output, weighted, noise)
+    upper = np.triu_indices(24, 1)
+    np.testing.assert_array_equal(np.argsort(found[upper]), np.argsort(exact[upper]))
+
+
+@pytest.mark.parametrize("num_points", [40, 150])
+def test_distances_that_concentrate_are_ordered(num_points):
+    # Thousands of pairs within a few per cent of one distance: most are in doubt at first.
+    cloud = np.random.default_rng(9).normal(size=(num_points, 20_000)).astype(np.float32)
+    exact = distances_of(cloud.astype(np.float64))[np.triu_indices(num_points, 1)]
+    found = pairwise_distances(cloud)[np.triu_indices(num_points, 1)]
+    np.testing.assert_array_equal(np.argsort(found), np.argsort(exact))

@@ -1,0 +1,159 @@
+"""The inner loop of `selection.distances`: squared differences of a tile of rows, in SIMD registers.
+
+Numba's loops are vectorised along one axis that LLVM picks. What is needed here
+is another shape: lanes that stay on their columns, so that one pass gives both
+the plain sum and a sum weighted by column. So the tile is written as vector
+instructions, by Numba's `intrinsic`; LLVM splits vectors that a processor
+doesn't have.
+
+All addresses are int64, as `array.ctypes.data` gives them; the caller keeps the
+arrays alive.
+"""
+
+import platform
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+# Rows on either side of a tile: 16 sums and 8 operands fit the registers.
+SIDE = 4
+
+
+def _lanes():
+    """Returns how many float32 one SIMD register of this processor holds."""
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return 4
+    return 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
+
+
+LANES = _lanes()
+
+_FLOAT, _DOUBLE, _INT, _INDEX = ir.FloatType(), ir.DoubleType(), ir.IntType(64), ir.IntType(32)
+_VECTOR = ir.VectorType(_FLOAT, LANES)
+_FLOAT_BYTES, _DOUBLE_BYTES = 4, 8
+
+
+def _tile(diagonal):
+    """Returns the intrinsic for a tile off, or on, the diagonal of the pairs."""
+
+    @intrinsic
+    def tile(typing_context, a, b, row, steps, weights, total, weighted):
+        """Adds the squared differences of 4 x 4 pairs of rows to their totals.
+
+        Sums run over `steps` vectors a row in float32, then over the lanes, and
+        are added to the totals in float64. On the diagonal (a is b) only pairs
+        x <= y are summed, and a row paired with itself gives its squared norm.
+
+        Args:
+            a, b: addresses of the first of 4 rows of float32 vectors.
+            row: int64. Vectors from one row to the next.
+            steps: int64. Vectors of a row to sum over, at least 1.
+            weights: address of float32 weights of the lanes, one vector.
+            total: address of 16 float64, pair (x, y) at 4 x + y.
+            weighted: the same for the weighted sums, or 0 where none are wanted.
+        """
+        return types.void(*[types.int64] * 7), _emit(diagonal)
+
+    return tile
+
+
+def _emit(diagonal):
+    def generate(context, builder, signature, args):
+        a, b, row, steps, weights, total, weighted = args
+        fused = _intrinsic(builder, f"llvm.fma.v{LANES}f32", _VECTOR, [_VECTOR] * 3)
+        zero = ir.Constant(_VECTOR, [0.0] * LANES)
+        pairs = [(x, y) for x in range(SIDE) for y in range(SIDE) if not diagonal or x <= y]
+
+        before = builder.block
+        loop, after = builder.append_basic_block("tile.loop"), builder.append_basic_block("tile.after")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        step = builder.phi(_INT)
+        step.add_incoming(_INT(0), before)
+        sums = {}
+        for pair in pairs:
+            sums[pair] = builder.phi(_VECTOR)
+            sums[pair].add_incoming(zero, before)
+
+        def rows_at(base):
+            first = builder.inttoptr(base, _VECTOR.as_pointer())
+            return [_load(builder, first, builder.add(step, builder.mul(row, _INT(k))), 4) for k in range(SIDE)]
+
+        left = rows_at(a)
+        right = left if diagonal else rows_at(b)
+        added = {}
+        for x, y in pairs:
+            difference = left[x] if diagonal and x == y else builder.fsub(left[x], right[y])
+            added[x, y] = builder.call(fused, [difference, difference, sums[x, y]])
+            sums[x, y].add_incoming(added[x, y], loop)
+        following = builder.add(step, _INT(1))
+        step.add_incoming(following, loop)
+        builder.cbranch(builder.icmp_signed("<", following, steps), loop, after)
+
+        builder.position_at_end(after)
+        vectors = [added.get((x, y), zero) for x in range(SIDE) for y in range(SIDE)]
+        _add_to(builder, total, vectors)
+        with builder.if_then(builder.icmp_signed("!=", weighted, _INT(0))):
+            factors = _load(builder, builder.inttoptr(weights, _VECTOR.as_pointer()), _INT(0), 4)
+            _add_to(builder, weighted, [builder.fmul(vector, factors) for vector in vectors])
+        return context.get_dummy_value()
+
+    return generate
+
+
+def _add_to(builder, address, vectors):
+    """Adds the sum over the lanes of vector k to the float64 number k at `address`."""
+    segment = LANES
+    while segment > 1:  # each round adds the upper to the lower halves of two vectors' segments
+        starts = range(0, 2 * LANES, segment)
+        lower = [start + lane for start in starts for lane in range(segment // 2)]
+        upper = [index + segment // 2 for index in lower]
+        vectors = [
+            builder.fadd(_shuffle(builder, *two, lower), _shuffle(builder, *two, upper))
+            for two in zip(vectors[::2], vectors[1::2])
+        ]
+        segment //= 2
+    wide = ir.VectorType(_DOUBLE, LANES)
+    numbers = builder.inttoptr(address, wide.as_pointer())
+    for k, vector in enumerate(vectors):
+        place = builder.gep(numbers, [_INT(k)])
+        found = builder.load(place)
+        found.align = _DOUBLE_BYTES
+        builder.store(builder.fadd(found, builder.fpext(vector, wide)), place).align = _DOUBLE_BYTES
+
+
+def _shuffle(builder, first, second, indices):
+    return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(_INDEX, LANES), indices))
+
+
+def _load(builder, pointer, index, align):
+    loaded = builder.load(builder.gep(pointer, [index]))
+    loaded.align = align
+    return loaded
+
+
+def _intrinsic(builder, name, returned, arguments):
+    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(returned, arguments), name)
+
+
+@intrinsic
+def copy_vector(typing_context, target, source, next_source):
+    """Copies one float32 vector, and asks for the cache line that a later copy will read."""
+
+    def generate(context, builder, signature, args):
+        pointer = ir.IntType(8).as_pointer()
+        prefetch = _intrinsic(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _INDEX, _INDEX, _INDEX])
+        # For reading, into the first level, as data.
+        builder.call(prefetch, [builder.inttoptr(args[2], pointer), _INDEX(0), _INDEX(3), _INDEX(1)])
+        source, target = (builder.inttoptr(args[k], _VECTOR.as_pointer()) for k in (1, 0))
+        builder.store(_load(builder, source, _INT(0), _FLOAT_BYTES), target).align = _FLOAT_BYTES
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate
+
+
+tile_of_pairs = _tile(diagonal=False)
+tile_on_diagonal = _tile(diagonal=True)
