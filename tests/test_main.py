@@ -27,7 +27,7 @@ SUMMARY = (
     "selection_s compile_s train_s epoch_s eval_s peak_memory_bytes_measured selection_peak_memory_bytes peak_rss_bytes "
     "memory_device peak_memory_bytes_estimated memory_mb_published_convention num_trained_layers num_trained_weights "
     "num_weights num_layers earliest_trained_layer rho_achieved_predicted rho_achieved_measured channels channels_pruned "
-    "flops_remaining memory_budget_mb budget_next_layer budget_next_bytes_estimated"
+    "flops_remaining memory_budget_mb budget_next_layer budget_next_bytes_estimated stayed_at_chance skipped_images"
 ).split()
 
 
