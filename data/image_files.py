@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
+from tqdm import tqdm
 
 from errors import UsageError
 
@@ -245,14 +246,18 @@ def without_bad_images(source, parts, cfg):
         return parts, None
     parts = dict(parts)
     skipped = []
-    log.info("Checking %d images", sum(len(part[1]) for part in parts.values() if part))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    bar = tqdm(desc="Checking images", unit="image", leave=False, disable=None,
+               total=sum(len(part[1]) for part in parts.values() if part))  # fmt: skip
+    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
         for role, part in parts.items():
             if part is None:
                 continue
             split, positions = part
             files = [source.files[split][position] for position in positions]
-            reasons = list(pool.map(problem, files))
+            reasons = []
+            for reason in pool.map(problem, files):
+                reasons.append(reason)
+                bar.update()
             skipped += [{"path": printable(file), "reason": why} for file, why in zip(files, reasons) if why]
             good = positions[[why is None for why in reasons]]
             if cfg.skip_bad_images:
