@@ -21,6 +21,7 @@ from ripser import ripser
 from scipy.spatial.distance import pdist, squareform
 
 import flags
+import run_folder
 from config import Config
 from errors import UsageError
 from selection.backward_budget import backward_time, most_important
@@ -252,6 +253,7 @@ def test_any_arguments_give_a_config_or_one_line(argv):
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             cfg = flags.parse(argv)
+            run_folder.check_place(cfg)  # which only looks
     except UsageError as error:
         assert str(error)
     except SystemExit as stop:
