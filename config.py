@@ -21,6 +21,7 @@ class Config:
     dataset_name: str = "digits"
     data_dir: str | None = None
     image_dir: str | None = None
+    skip_bad_images: bool = False
     protocol: str = "validation"
     augment: bool = True
     limit_train: int | None = None  # images

@@ -76,6 +76,11 @@ def make_parser():
         help=f"{_rows(DATASETS)}\nor any TFDS name with an image and a label\n{_D}",
     )
     group.add_argument("--image_dir", help="folder of images for --dataset_name image_folder")
+    group.add_argument(
+        "--skip_bad_images",
+        **_switch(False),
+        help="leave out, and list, images of --image_dir that can't be read,\ninstead of refusing the folder\n" + _D,
+    )
     group.add_argument("--data_dir", help="TFDS folder (default: TFDS's own, ~/tensorflow_datasets)")
     group.add_argument(
         "--prepare_only", **_switch(False), help="fetch the data set and the ImageNet weights, and stop"
@@ -163,7 +168,7 @@ def make_parser():
         default=Config.strategy,
         help="mirrored: each batch is split over the devices of this machine\n" + _D,
     )
-    group.add_argument("--seed", type=_integer(0, 2**31 - 1), default=Config.seed, help=_D)
+    group.add_argument("--seed", type=_integer(0), default=Config.seed, help=_D)
 
     group = parser.add_argument_group("output")
     group.add_argument("--log_dir", default=Config.log_dir, help="folder of the run folders\n" + _D)
@@ -177,6 +182,7 @@ def make_parser():
 _D = "(default: %(default)s)"
 _BATCHES = Config.num_betti_batches
 _INTERVAL = 4  # epochs
+_LARGEST = 2**31 - 1  # integer that the frameworks take everywhere
 TIMINGS = ("measured", "flops")
 
 
@@ -184,7 +190,7 @@ class _OneLineParser(argparse.ArgumentParser):
     """Says what is wrong in one line; the usage is what --help is for."""
 
     def error(self, message):
-        self.exit(2, f"Error: {message} (--help lists the flags)\n")
+        self.exit(2, f"Error: {' '.join(message.split())} (--help lists the flags)\n")
 
 
 def _rows(table):
@@ -218,15 +224,15 @@ def _boolean(text):
     return values[text.lower()]
 
 
-def _integer(least, most=None):
-    rule = f"at least {least}" if most is None else f"from {least} to {most}"
+def _integer(least):
+    rule = f"at least {least} and at most {_LARGEST}"
 
     def parse(text):
         try:
             value = int(text)
         except ValueError:
             value = None
-        if value is None or value < least or (most is not None and value > most):
+        if value is None or not least <= value <= _LARGEST:
             raise argparse.ArgumentTypeError(f"must be a whole number {rule}. Received: {text!r}")
         return value
 

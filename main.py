@@ -124,10 +124,16 @@ def run(cfg, early_log):
         raise
     finally:
         if not cfg.select_only:
-            summary = report.summary_record(cfg, network, selection, selection_s, peak, result)
+            summary = report.summary_record(cfg, images, network, selection, selection_s, peak, result)
             folder.write_json("summary.json", summary)
     if result.status == "diverged":
         raise RunError(result.advice)
+    if summary["stayed_at_chance"]:
+        log.warning(
+            "The training accuracy never left chance (%.2f %% of the training images are of one class): look at the labels, "
+            "or try another --learning_rate, more epochs, or pretrained --weights.",
+            100 * images.majority_share,
+        )
     if cfg.save_txt:
         folder.write_txt(summary)
     print(report.console_block(summary))

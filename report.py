@@ -12,6 +12,9 @@ from run_folder import fingerprint, library_versions
 from runtime import device_facts
 
 
+# Probability with which guessing may pass for learning.
+_BY_CHANCE = 1e-3
+
 # What single schemes add to summary.json; None for the others.
 SCHEME_FACTS = ("rho_achieved_predicted", "rho_achieved_measured", "channels", "channels_pruned", "flops_remaining")
 
@@ -39,6 +42,7 @@ def config_record(cfg, images, network, folder):
         **decisive,
         **device_facts(),
         "split_sizes": images.split_sizes,
+        "skipped_images": images.skipped_images,
         "class_names": images.class_names,
     }
 
@@ -88,11 +92,12 @@ def trained_facts(network, selection):
     }
 
 
-def summary_record(cfg, network, selection, selection_s, selection_peak, result):
+def summary_record(cfg, images, network, selection, selection_s, selection_peak, result):
     """Returns the content of summary.json; what was never reached is None.
 
     Args:
         cfg: Config.
+        images: data.pipeline.Data.
         network: models.Network.
         selection: selection.Selection, the first, or None where the run ended before
             it. What trains is told of the last.
@@ -138,7 +143,34 @@ def summary_record(cfg, network, selection, selection_s, selection_peak, result)
         "memory_budget_mb": cfg.memory_budget_mb,
         "budget_next_layer": result.budget_next_layer,
         "budget_next_bytes_estimated": result.budget_next_bytes,
+        "stayed_at_chance": stayed_at_chance(result.epochs, images.steps_per_epoch * images.batch_size, images.majority_share),
+        "skipped_images": None if images.skipped_images is None else len(images.skipped_images),
     }
+
+
+def stayed_at_chance(epochs, num_images, majority_share):
+    """Says whether the training accuracy never left what guessing reaches.
+
+    Guessing is to name the commonest class for every image. It reaches the count of a
+    binomial distribution, if an epoch draws its images. Chance is left where an epoch
+    has more right answers than guessing would reach in any of the run's epochs with
+    probability 1 in 1,000.
+
+    Args:
+        epochs: list of dict with `train_accuracy`, a row an epoch.
+        num_images: int. Training images an epoch.
+        majority_share: float. Share of the commonest class in the training images.
+
+    Returns:
+        bool, or None before the first epoch has ended.
+    """
+    if not epochs:
+        return None
+    from scipy.stats import binom  # half a second
+
+    most_by_chance = binom.isf(_BY_CHANCE / len(epochs), num_images, majority_share)
+    best = max(epoch["train_accuracy"] for epoch in epochs)
+    return bool(round(best * num_images) <= most_by_chance)
 
 
 def console_block(summary):

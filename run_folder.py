@@ -18,6 +18,7 @@ log = logging.getLogger("adabet")
 
 # What a run was told only about where to write or how much to say.
 _WITHOUT_EFFECT = {"log_dir", "run_name", "save_model", "save_txt", "select_only", "list_layers", "debug", "data_dir", "prepare_only"}
+MAX_NAME_BYTES = 200  # file systems take 255; a temporary file of RUN_NAME.txt has a longer name
 _LIBRARIES = ("tensorflow", "keras", "keras-hub", "tensorflow-datasets", "gudhi", "numpy", "scipy", "scikit-learn")
 
 
@@ -57,25 +58,36 @@ def check_place(cfg):
     """
     log_dir = Path(cfg.log_dir)
     nearest = log_dir.absolute()
-    while not nearest.exists() and nearest != nearest.parent:
+    while not os.path.lexists(nearest) and nearest != nearest.parent:  # a link to nothing is there, too
         nearest = nearest.parent
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+    if cfg.log_dir == "" or "\0" in cfg.log_dir or not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UsageError(
-            f"--log_dir must be a folder that can be made and written to. Received: {cfg.log_dir} ({nearest} is no "
+            f"--log_dir must be a folder that can be made and written to. Received: {cfg.log_dir!r} ({nearest} is no "
             "such folder); name another."
         )
     if cfg.run_name is None:
         return
-    if cfg.run_name != Path(cfg.run_name).name or cfg.run_name in ("", ".", "..") or "\\" in cfg.run_name:
+    if not _plain_name(cfg.run_name):
+        shown = cfg.run_name if len(cfg.run_name) <= MAX_NAME_BYTES else cfg.run_name[:40] + "..."
         raise UsageError(
-            f"--run_name must be a plain folder name, without separators or '..'. Received: {cfg.run_name!r}; the "
-            "folder around it is --log_dir."
+            f"--run_name must be a plain folder name: printable, without separators, of 1 to {MAX_NAME_BYTES} bytes, and "
+            f"not beginning with a dot or a dash. Received: {shown!r}; the folder around it is --log_dir."
         )
-    if (log_dir / cfg.run_name).exists():
+    if os.path.lexists(log_dir / cfg.run_name):
         raise UsageError(
             f"--run_name must be new in --log_dir. Received: {cfg.run_name!r}, which {cfg.log_dir} has already; choose "
             "another name or remove that run."
         )
+
+
+def _plain_name(name):
+    """Says whether a folder of this name lies in its parent, on any system, and is no option to other programs."""
+    return (
+        name.isprintable()  # which NUL, line ends and bytes that are no Unicode are not
+        and not set(name) & set("/\\")
+        and not name.startswith((".", "-"))
+        and 0 < len(name.encode()) <= MAX_NAME_BYTES
+    )
 
 
 class RunFolder:

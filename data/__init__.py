@@ -172,10 +172,10 @@ def load(cfg):
     Args:
         cfg: Config. Reads `dataset_name`, `data_dir`, `image_dir`, `num_classes`,
             `protocol`, `limit_train`, `limit_test`, `input_size`, `batch_size`,
-            `augment` and `seed`.
+            `augment`, `seed` and `skip_bad_images`.
 
     Raises:
-        UsageError: wrong name, flags, or folder; class count that contradicts the data.
+        UsageError: wrong name, flags, or folder; bad image files; class count that contradicts the data.
         RunError: the data can't be had.
     """
     source = prepare(cfg)
@@ -194,6 +194,11 @@ def _check_flags(cfg):
         raise UsageError(
             f"--image_dir goes with --dataset_name image_folder only. Received: "
             f"--dataset_name {cfg.dataset_name}; change it, or leave out --image_dir."
+        )
+    if cfg.dataset_name != "image_folder" and cfg.skip_bad_images:
+        raise UsageError(
+            f"--skip_bad_images goes with --dataset_name image_folder only. Received: "
+            f"--dataset_name {cfg.dataset_name}; change it, or leave out --skip_bad_images."
         )
     for flag in ("limit_train", "limit_test"):
         limit = getattr(cfg, flag)

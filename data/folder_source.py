@@ -1,17 +1,19 @@
 """Images in folders, one folder per class."""
 
 import hashlib
+import logging
+import os
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 
+from data.image_files import SUFFIXES, printable
 from data.source import Source, check_num_classes
 from errors import UsageError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
-# How files that can be decoded begin: JPEG, PNG, BMP, and GIF, whatever they are called.
-_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"GIF8")
+log = logging.getLogger("adabet")
+
 SPLITS = ("train", "validation", "test")
 
 
@@ -20,7 +22,10 @@ def open_source(cfg):
 
     Either `train/CLASS/` with `test/CLASS/` or `validation/CLASS/` or both, or only
     `CLASS/`. Images lie directly in the class folders. Classes are sorted by name.
-    Names that start with a dot are ignored, and so are files of other types.
+    Names that start with a dot are ignored, and so are files of other types and
+    folders in class folders; the log counts them. Links are followed, to folders and
+    to files. Whether a file is an image that can be read is checked where it is known
+    which ones a run reads, see `image_files.without_bad_images`.
 
     Args:
         cfg: Config. Reads `image_dir` and `num_classes`.
@@ -29,9 +34,9 @@ def open_source(cfg):
         `Source`.
 
     Raises:
-        UsageError: no such folder, fewer than two classes, a class without images, a
-            file that is no image, a test class that isn't trained, or a contradicting
-            `num_classes`.
+        UsageError: no such folder, or one that can't be read, fewer than two classes, a
+            class without images, a name that is no Unicode, a test class that isn't
+            trained, or a contradicting `num_classes`.
     """
     root = Path(cfg.image_dir).expanduser()
     if not root.is_dir():
@@ -65,7 +70,9 @@ def open_source(cfg):
     def read(split, positions):
         paths, labels = index[split]
         positions = np.asarray(positions, np.int64)
-        rows = (positions, np.array(paths, dtype=object)[positions], labels[positions])
+        # As bytes: a file's name need not be Unicode.
+        names = np.array([os.fsencode(path) for path in paths], dtype=object)
+        rows = (positions, names[positions], labels[positions])
         return tf.data.Dataset.from_tensor_slices(rows).map(
             lambda position, path, label: (position, tf.io.read_file(path), label),
             num_parallel_calls=tf.data.AUTOTUNE,
@@ -78,10 +85,11 @@ def open_source(cfg):
         class_names=class_names,
         labels={split: labels for split, (_, labels) in index.items()},
         split_bytes={
-            split: sum(Path(path).stat().st_size for path in paths)
+            split: sum(os.path.getsize(path) for path in paths if os.path.exists(path))
             for split, (paths, _) in index.items()
         },
         read=read,
+        files={split: paths for split, (paths, _) in index.items()},
     )
 
 
@@ -98,10 +106,11 @@ def _index(split_root, class_names, may_lack_classes):
             f"{split_root} with {', '.join(unknown)}, which train/ lacks",
             "add these classes to train/ or remove them",
         )
-    entries = []
+    entries, ignored = [], 0
     for label, class_name in enumerate(class_names):
         folder = split_root / class_name
-        files = _images(folder) if folder.is_dir() else []
+        files, others = _images(folder) if folder.is_dir() else ([], 0)
+        ignored += others
         if not files and not may_lack_classes:
             raise _error(
                 f"must hold images ({' '.join(SUFFIXES)}) in each class folder",
@@ -109,9 +118,10 @@ def _index(split_root, class_names, may_lack_classes):
                 "add images or remove the folder",
             )
         for file in files:
-            _check_beginning(file)
-            key = hashlib.sha256(f"{class_name}/{file.name}".encode()).hexdigest()
+            key = hashlib.sha256(os.fsencode(f"{class_name}/{file.name}")).hexdigest()
             entries.append((key, str(file), label))
+    if ignored:
+        log.warning("%s: ignored %d hidden files, folders, or files of other types in the class folders", split_root, ignored)
     if not entries:
         raise _error("must hold images in each split", f"{split_root} without any", "add images")
     entries.sort()
@@ -119,23 +129,30 @@ def _index(split_root, class_names, may_lack_classes):
     return list(paths), np.array(labels, np.int64)
 
 
-def _check_beginning(file):
-    """Finds empty and misnamed files before the run does, which couldn't say which file it was."""
-    with file.open("rb") as stream:
-        if not stream.read(8).startswith(_BEGINNINGS):
-            raise _error("must hold JPEG, PNG or BMP images", f"{file}, which is none", "remove it")
-
-
 def _folders(root):
-    return sorted(e.name for e in root.iterdir() if e.is_dir() and not e.name.startswith("."))
+    names = sorted(entry.name for entry in _entries(root) if entry.is_dir() and not entry.name.startswith("."))
+    for name in names:
+        if name != printable(name):  # it couldn't be written into the run folder
+            raise _error("must have class folders with Unicode names", printable(str(root / name)), "rename it")
+    return names
 
 
 def _images(folder):
-    return [
+    """Returns (files with an image's suffix, whatever they hold; number of other entries)."""
+    entries = _entries(folder)
+    images = [
         entry
-        for entry in folder.iterdir()
-        if entry.suffix.lower() in SUFFIXES and entry.is_file() and not entry.name.startswith(".")
+        for entry in entries
+        if entry.suffix.lower() in SUFFIXES and not entry.is_dir() and not entry.name.startswith(".")
     ]
+    return images, len(entries) - len(images)
+
+
+def _entries(folder):
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise _error("must be readable", f"{printable(str(folder))} ({error.strerror})", "change its permissions") from error
 
 
 def _error(rule, received, fix):

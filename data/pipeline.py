@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import tensorflow as tf
 
-from data import splits
+from data import image_files, splits
 from data.source import Source
 
 SHUFFLE_IMAGES = 2048  # at most this many encoded images wait in the shuffle buffer
@@ -36,6 +36,10 @@ class Data:
         batch_size: int. Images per training batch: as asked for, or all where train
             has fewer.
         steps_per_epoch: int. Training batches per epoch.
+        majority_share: float. Share of the commonest class in the training images:
+            the accuracy of one who always guesses it.
+        skipped_images: list of {"path": str, "reason": str}, the files that
+            `--skip_bad_images` left out; None for a set that isn't made of files.
     """
 
     name: str
@@ -45,6 +49,8 @@ class Data:
     split_sizes: dict[str, int | None]
     batch_size: int
     steps_per_epoch: int
+    majority_share: float
+    skipped_images: list | None
     _source: Source = field(repr=False)
     _parts: dict = field(repr=False)  # role -> (split name, positions), see splits.assign
     _row: object = field(repr=False)  # data.Dataset
@@ -197,14 +203,17 @@ def make(source, row, cfg):
         source: Source.
         row: data.Dataset. Split names and augmentation.
         cfg: Config. Reads `protocol`, `limit_train`, `limit_test`, `input_size`,
-            `batch_size`, `augment` and `seed`.
+            `batch_size`, `augment`, `seed` and `skip_bad_images`.
 
     Raises:
-        UsageError: no train split, or too few images to split.
+        UsageError: no train split, too few images to split, or bad image files.
     """
     parts = splits.assign(source.labels, (row.train, row.validation, row.test), cfg)
+    parts, skipped_images = image_files.without_bad_images(source, parts, cfg)
     sizes = {role: part and len(part[1]) for role, part in parts.items()}
     batch_size = min(cfg.batch_size, sizes["train"])
+    train_split, train_positions = parts["train"]
+    train_labels = source.labels[train_split][train_positions]
     return Data(
         name=source.name,
         version=source.version,
@@ -213,6 +222,8 @@ def make(source, row, cfg):
         split_sizes=sizes,
         batch_size=batch_size,
         steps_per_epoch=sizes["train"] // batch_size,
+        majority_share=float(np.bincount(train_labels).max() / sizes["train"]),
+        skipped_images=skipped_images,
         _source=source,
         _parts=parts,
         _row=row,
@@ -224,17 +235,14 @@ def decode_image(encoded, size):
     """Decodes and resizes one image.
 
     Args:
-        encoded: string tensor of shape (). JPEG, PNG, BMP, or the first frame of a GIF.
-            Grey becomes RGB and transparency is dropped.
+        encoded: string tensor of shape (), see `image_files.decode`.
         size: int. Pixels.
 
     Returns:
         float32 tensor of shape (size, size, 3), RGB in 0..255. The whole image,
         stretched to a square rather than cropped.
     """
-    image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
-    image.set_shape((None, None, 3))
-    image = tf.image.resize(image, (size, size), method="bilinear")
+    image = tf.image.resize(image_files.decode(encoded), (size, size), method="bilinear")
     return tf.clip_by_value(image, 0.0, 255.0)
 
 

@@ -21,6 +21,8 @@ class Source:
         read: function of (split name, int array of positions in that split) that returns
             a tf.data.Dataset of (position int64, encoded image string, label int64),
             always in the same order, which is unrelated to the labels.
+        files: dict from split name to a list of its images' paths, by position; None
+            for a set that isn't made of image files.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Source:
     labels: dict[str, np.ndarray]
     split_bytes: dict[str, int]
     read: Callable
+    files: dict | None = None
 
 
 def check_num_classes(cfg, found):

@@ -1,5 +1,6 @@
 """Schemes that need no ranking: what trains is known before the data are."""
 
+import difflib
 import json
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def _listed_paths(network, cfg):
     named = _read_list(cfg.layers[1:])
     unknown = [path for path in named if path not in eligible]
     if unknown or not named:
-        shown = ", ".join(repr(path) for path in unknown[:3]) + (" ..." if len(unknown) > 3 else "")
+        shown = ", ".join(_with_nearest(path, eligible) for path in unknown[:3]) + (" ..." if len(unknown) > 3 else "")
         raise UsageError(
             f"the layers in a --layers file must be candidates of this network. Received: "
             f"{f'{len(unknown)} others ({shown})' if unknown else 'an empty list'} in {cfg.layers[1:]}; "
@@ -73,17 +74,22 @@ def _listed_paths(network, cfg):
     return set(named)
 
 
+def _with_nearest(path, paths):
+    close = difflib.get_close_matches(path, paths, n=2)
+    return repr(path) + (f", near {' and '.join(close)}" if close else "")
+
+
 def _read_list(path):
     """Reads layer paths from a selection.json, or from a text with one a line."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a NUL in the path
         raise UsageError(f"--layers @FILE takes a readable text file. Received: {path} ({error}).") from error
     if not text.lstrip().startswith("{"):
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:
         selected = json.loads(text)["selected"]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, RecursionError) as error:
         raise UsageError(
             f"--layers @FILE takes a selection.json with a list `selected`, or paths, one a line. "
             f"Received: {path} ({error!r})."

@@ -75,7 +75,7 @@ def timings(network, cfg, batch_size):
     conditions = _conditions(network, cfg, batch_size)
     key = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:24]
     if key not in _known:
-        file = cache_folder() / f"{key}.json"
+        file = cache_folder() / f"{key}.txt"
         found = _read(file, conditions)
         if found is None:
             log.info("Measuring what each weight costs to train; kept in %s", file)
@@ -262,10 +262,17 @@ def _conditions(network, cfg, batch_size):
 def _read(file, conditions):
     """Returns the Timings in a cache file; None where there are none of these conditions."""
     try:
-        found = Timings(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        checksum, _, text = file.read_text(encoding="utf-8").partition("\n")
+    except (OSError, ValueError):
         return None
+    if checksum != _checksum(text):  # cut short, or with a flipped bit: they are measured anew
+        return None
+    found = Timings(**json.loads(text))
     return found if found.conditions == conditions else None
+
+
+def _checksum(text):
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _write(file, found):
@@ -273,6 +280,7 @@ def _write(file, found):
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(asdict(found), indent=1) + "\n")
+        text = json.dumps(asdict(found), indent=1) + "\n"
+        write_whole(file, f"{_checksum(text)}\n{text}")
     except OSError as error:
         log.warning("The timings can't be kept in %s (%s): the next run measures anew.", file.parent, error)

@@ -27,7 +27,7 @@ SUMMARY = (
     "selection_s compile_s train_s epoch_s eval_s peak_memory_bytes_measured selection_peak_memory_bytes peak_rss_bytes "
     "memory_device peak_memory_bytes_estimated memory_mb_published_convention num_trained_layers num_trained_weights "
     "num_weights num_layers earliest_trained_layer rho_achieved_predicted rho_achieved_measured channels channels_pruned "
-    "flops_remaining memory_budget_mb budget_next_layer budget_next_bytes_estimated"
+    "flops_remaining memory_budget_mb budget_next_layer budget_next_bytes_estimated stayed_at_chance skipped_images"
 ).split()
 
 
@@ -199,7 +199,7 @@ def test_betti_points_sets_the_clouds_apart_from_the_batch(tiny, tmp_path):
 
 def test_a_flag_that_the_scheme_does_not_read_is_named_and_null(tiny, tmp_path, capsys):
     assert tiny("--train_type", "traditional_tl_training", "--rho", "0.5", "--num_betti_batches", "2") == 0
-    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Warning")]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "does not read" in line]
     assert len(warnings) == 1 and "--num_betti_batches, --rho" in warnings[0]
     run, records = run_of(tmp_path / "logs")
     assert run.name == "resnet50_digits_traditional_tl_training_seed0"
@@ -221,6 +221,42 @@ def test_divergence_ends_the_run_with_a_summary_and_advice(tiny, tmp_path, capsy
     _, records = run_of(tmp_path / "logs")
     assert records["summary.json"]["status"] == "diverged" and records["summary.json"]["accuracy"] is None
     assert "epoch 1, step" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_training_that_learns_nothing_is_said(tiny, tmp_path, capsys):
+    assert tiny("--learning_rate", "1e-9") == 0
+    assert "never left chance" in capsys.readouterr().err
+    assert run_of(tmp_path / "logs")[1]["summary.json"]["stayed_at_chance"] is True
+
+
+@pytest.mark.parametrize(
+    "accuracies, num_images, majority_share, stayed",
+    [([], 100, 0.1, None), ([0.1], 100, 0.1, True), ([0.1, 0.19, 0.1], 100, 0.1, True), ([0.1, 0.25, 0.1], 100, 0.1, False),
+     ([0.9], 1000, 0.9, True), ([0.96], 1000, 0.9, False), ([1.0], 2, 0.5, True), ([1.0], 50, 1.0, True)],
+)  # fmt: skip
+def test_chance_is_what_guessing_the_commonest_class_reaches(accuracies, num_images, majority_share, stayed):
+    import report
+
+    assert report.stayed_at_chance([{"train_accuracy": a} for a in accuracies], num_images, majority_share) is stayed
+
+
+def test_a_folder_with_hostile_files_trains_without_them(tiny, tmp_path, capsys):
+    for name in ("a class", "β"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for number in range(12):
+            keras.utils.save_img(tmp_path / "set" / name / f"{number}.png", np.full((8, 8, 3), 20 * number))
+    (tmp_path / "set" / "β" / "cut.jpg").write_bytes(b"\xff\xd8\xff")
+    (tmp_path / "set" / "a class" / "page.png").write_text("<html>")
+    argv = [*FOLDER, str(tmp_path / "set"), "--batch_size", "4"]
+    assert tiny(*argv) == 2 and not (tmp_path / "logs").exists()
+    assert tiny(*argv, "--skip_bad_images") == 0
+    assert "leaves out 2 images" in capsys.readouterr().err
+    _, records = run_of(tmp_path / "logs")
+    assert records["summary.json"]["skipped_images"] == 2
+    assert [(Path(entry["path"]).name, entry["reason"]) for entry in records["config.json"]["skipped_images"]] == [
+        ("page.png", "no JPEG, PNG, BMP, GIF or WebP image"), ("cut.jpg", "cut short in its header"),
+    ]  # fmt: skip
+    assert sum(records["config.json"]["split_sizes"].values()) == 24
 
 
 @pytest.mark.parametrize("failure, code, status", [(KeyboardInterrupt(), 130, "interrupted"), (OSError("disk"), 1, "failed")])
@@ -278,7 +314,24 @@ BAD_INPUT = {
     "layers of another scheme": (["--layers", "conv"], "listed_layers"),
     "listed_layers without layers": (["--train_type", "listed_layers"], "--layers"),
     "run name taken": (["--run_name", "name", "--log_dir", "{tmp}/taken"], "'name'"),
-    "run name with a path": (["--run_name", "../name"], "plain folder name"),
+    **{
+        f"run name {name[:12]!r}": ([f"--run_name={name}", "--log_dir", "{tmp}/logs"], "plain folder name")
+        for name in ("../name", "", ".", "..", "a/b", "/", "a\\b", "a\0b", "a\nb", "-rf", ".hidden", "\udcff", "x" * 201, "名" * 67)
+    },
+    "run name that is a link": (["--run_name", "link", "--log_dir", "{tmp}/taken"], "'link'"),
+    "log folder that is a link to nothing": (["--log_dir", "{tmp}/taken/link"], "--log_dir"),
+    "log folder without a name": (["--log_dir="], "--log_dir"),
+    "log folder with a NUL": (["--log_dir", "{tmp}/a\0b"], "--log_dir"),
+    "weights in a pickle": (["--weights", "{tmp}/model.pkl"], "unknown extension"),
+    "weights of PyTorch": (["--weights", "{tmp}/model.pt"], "unknown extension"),
+    "weights in an .npz": (["--weights", "{tmp}/model.npz"], "unknown extension"),
+    "weights that are a folder": (["--weights", "{tmp}/folder.keras"], "no such file"),
+    "unknown layers in a file": (["--train_type", "listed_layers", "--layers", "@{tmp}/layers"], "'brunch', near branch"),
+    "layers in a missing file": (["--train_type", "listed_layers", "--layers", "@{tmp}/none"], "readable text file"),
+    "layers in a binary file": (["--train_type", "listed_layers", "--layers", "@{tmp}/binary"], "readable text file"),
+    "layers in nested JSON": (["--train_type", "listed_layers", "--layers", "@{tmp}/nested"], "RecursionError"),
+    "bad images": ([*FOLDER, "{tmp}/bad"], "cut.jpg (empty); mend or remove them, or leave such files out with --skip_bad_images"),
+    "skip_bad_images without a folder": (["--skip_bad_images"], "image_folder only"),
     "log folder beneath a file": (["--log_dir", "{tmp}/file/logs"], "--log_dir"),
 }
 
@@ -292,6 +345,18 @@ def bad_files(tmp_path):
     keras.utils.save_img(tmp_path / "one" / "cat" / "a.png", np.zeros((8, 8, 3)))
     (tmp_path / "short.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(20))
     (tmp_path / "taken" / "name").mkdir(parents=True)
+    (tmp_path / "taken" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "folder.keras").mkdir()
+    for name in ("model.pkl", "model.pt", "model.npz"):
+        (tmp_path / name).write_bytes(b"\x80\x04")
+    (tmp_path / "layers").write_text("deep\nbrunch\n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "nested").write_text('{"a":' * 100_000)
+    for name in "ab":
+        (tmp_path / "bad" / name).mkdir(parents=True)
+        for number in range(5):
+            keras.utils.save_img(tmp_path / "bad" / name / f"{number}.png", np.zeros((8, 8, 3)))
+    (tmp_path / "bad" / "a" / "cut.jpg").touch()
     return tmp_path
 
 
@@ -299,7 +364,7 @@ def bad_files(tmp_path):
 def test_bad_input_is_one_line_and_writes_nothing(case, bad_files, monkeypatch, capsys, data_dir):
     argv, says = BAD_INPUT[case]
     argv = [word.replace("{tmp}", str(bad_files)) for word in argv]
-    if case in ("batch size 3", "layers match nothing"):  # found on the network; a small one will do
+    if case == "batch size 3" or "layers" in case:  # found on the network; a small one will do
         monkeypatch.setattr(models, "assemble", assemble_tiny)
     monkeypatch.chdir(bad_files)
     before = set(bad_files.rglob("*"))

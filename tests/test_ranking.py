@@ -108,7 +108,7 @@ def test_layers_are_read_from_a_list_and_from_a_selection(network, tmp_path):
 
 @pytest.mark.parametrize(
     "content, rule",
-    [("deep\nwhat\n", "1 others \\('what'\\)"), ("", "empty list"), ('{"a": 1}', "KeyError"), ('{"selected": 3}', "list of layer")],
+    [("deep\nwhat\n", "1 others \\('what'\\)"), ("deep_bm\n", "'deep_bm', near deep_bn and deep"), ("", "empty list"), ('{"a": 1}', "KeyError"), ('{"selected": 3}', "list of layer")],
 )  # fmt: skip
 def test_a_list_that_fits_no_network_is_refused(network, tmp_path, content, rule):
     file = tmp_path / "list"

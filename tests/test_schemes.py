@@ -339,10 +339,12 @@ def test_measured_times_are_kept_in_the_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "measured", None)  # would fail
     timing._known.clear()
     assert timing.timings(network, cfg, 8) == cost
-    file.write_text("{")
-    timing._known.clear()
-    with pytest.raises(TypeError):
-        timing.timings(network, cfg, 8)
+    whole = file.read_bytes()
+    for damaged in (b"", b"{", b"\xff\0", b"[]", b"3", whole[:-3], whole[: len(whole) // 2], whole.replace(b"0.", b"1.")):
+        file.write_bytes(damaged)
+        timing._known.clear()
+        with pytest.raises(TypeError):  # measured anew
+            timing.timings(network, cfg, 8)
 
 
 def test_a_budget_for_the_head_alone_is_said_and_goes_on(caplog):
