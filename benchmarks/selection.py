@@ -6,12 +6,13 @@ measures, turn by turn in one process, on real images (digits, enlarged):
 
 (a) plain inference: forward passes and nothing else;
 (b) our selection: forward passes that leave each layer's distances, then Betti numbers;
-(c) collecting: every layer's activation kept, flattened, distances between the
-    points, ripser; what is published, but on the true graph.
+(c) collecting: a Keras extractor predicts every layer's activation, each is
+    flattened, distances between the points, ripser; what is published, but on
+    the true graph. Not for vit, whose layers an extractor doesn't reach.
 
 It prints medians, and their ratios. "Cold" is all batches with a newly traced
 function. Memory is the allocator's peak, weights included; (c) over (b) is the
-peak over the weights.
+peak over the weights, without the copies that (c) makes in NumPy.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def main(argv=None):
     parser.add_argument("--input_size", type=int, default=224)
     parser.add_argument("--num_betti_batches", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--collect", action=argparse.BooleanOptionalAction, default=True, help="measure (c) too")
+    parser.add_argument("--collect", action=argparse.BooleanOptionalAction, default=True, help="measure (c) too (default: yes)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one line of JSON, last")
     args = parser.parse_args(argv)
@@ -52,11 +53,13 @@ def main(argv=None):
 def measure(args):
     """Returns {name of a figure: value}; seconds end in _s, bytes in _bytes."""
     runtime.load_tensorflow()
+    import keras
     import tensorflow as tf
 
     import models
     from config import Config
     from memory.measure import measured_peak
+    from models.batchnorm import calibrate
     from selection.betti import betti_1_of_each
     from selection.topology import count_bars
 
@@ -65,7 +68,7 @@ def measure(args):
         Config(model_name=args.model_name, weights=args.weights, input_size=args.input_size, bn_stats="stored"), 10
     )
     batches = [digits(args.batch_size, args.input_size, seed) for seed in range(args.num_betti_batches)]
-    calibrate(network, batches[0])
+    calibrate(network.model, batches[0])
 
     def plain_pass():
         return tf.function(lambda images: network.model(images, training=False), jit_compile=False)
@@ -79,17 +82,20 @@ def measure(args):
         count_bars(network, batches, len(batches))
 
     from selection.activations import distance_pass
+    from selection.distances import num_workers
 
-    collecting_pass = tf.function(lambda images: outputs_of(network, images), jit_compile=False)
+    collecting = args.collect and args.model_name != "vit"
+    if collecting:
+        extractor = keras.Model(network.model.inputs, [candidate.layer.output for candidate in network.candidates])
 
     def collect():
-        return [published_count(activation.numpy()) for activation in collecting_pass(batches[0])]
+        return [published_count(activation) for activation in extractor.predict(batches[0], verbose=0)]
 
     steady_plain = plain_pass()
     with distance_pass(network) as distances:
 
         def steady_select():
-            return betti_1_of_each(distances(batches[0]))
+            return betti_1_of_each(distances(batches[0]), num_workers())
 
         turns = {
             "forward": lambda: steady_plain(batches[0]),
@@ -97,7 +103,7 @@ def measure(args):
             "forward_cold": plain,
             "selection_cold": select,
         }
-        if args.collect:
+        if collecting:
             turns["collect"] = collect
         for turn in turns.values():  # whatever is loaded or compiled once a process
             turn()
@@ -122,7 +128,7 @@ def measure(args):
         "ratio_to_forward_cold": time_s["selection_cold"] / time_s["forward_cold"],
         "peak_ratio_to_inference": peak_bytes["selection"] / peak_bytes["forward"],
     }
-    if args.collect:
+    if collecting:
         figures |= {
             "speedup_over_collect": time_s["collect"] / time_s["selection"],
             "memory_saving_over_collect": (peak_bytes["collect"] - weights_bytes)
@@ -140,37 +146,6 @@ def digits(num_images, size, seed):
     chosen = np.random.default_rng(seed).permutation(len(images))[:num_images]
     grey = images[np.resize(chosen, num_images)][..., None] * (255 / 16)
     return tf.image.resize(tf.constant(np.repeat(grey, 3, axis=-1), tf.float32), (size, size))
-
-
-def calibrate(network, images):
-    """Sets the moving statistics to those of `images`, so that random weights give activations of sensible size."""
-    from keras.layers import BatchNormalization
-
-    norms = [layer for layer in network.model.layers if isinstance(layer, BatchNormalization)]
-    calls = [vars(layer).pop("call", None) for layer in norms]
-    momenta = [layer.momentum for layer in norms]
-    for layer in norms:
-        layer.momentum = 0.0
-    network.model(images, training=True)
-    for layer, call, momentum in zip(norms, calls, momenta):
-        layer.momentum = momentum
-        if call is not None:
-            object.__setattr__(layer, "call", call)
-
-
-def outputs_of(network, images):
-    """Returns every candidate's output on the true forward pass, all of them kept."""
-    from models.layers import watching
-
-    kept = {}
-
-    def keep(layer, output):
-        kept[layer.path] = output
-        return output
-
-    with watching([candidate.layer for candidate in network.candidates], keep):
-        network.model(images, training=False)
-    return list(kept.values())
 
 
 def published_count(activation):

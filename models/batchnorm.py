@@ -89,6 +89,28 @@ def statistics_kept(model, bn_stats):
             layer.momentum = momentum
 
 
+def calibrate(model, images):
+    """Sets the moving statistics to those of `images`, whatever mode the layers run in.
+
+    Without that, the activations of random weights shrink or grow from layer to
+    layer until rounding decides over their order. Nothing else changes.
+
+    Args:
+        model: keras.Model.
+        images: float32 of shape (B, S, S, 3).
+    """
+    norms = layers(model)
+    momenta = [layer.momentum for layer in norms]
+    try:
+        for layer in norms:
+            layer.momentum = 0.0
+        with calls_replaced(norms, lambda layer, call: _with_training(type(layer).call.__get__(layer), True)):
+            model(images, training=False)
+    finally:
+        for layer, momentum in zip(norms, momenta, strict=True):
+            layer.momentum = momentum
+
+
 def _with_training(call, value):
     def call_in_fixed_mode(inputs, training=None, mask=None):
         return call(inputs, training=value, mask=mask)

@@ -1,7 +1,5 @@
 """Networks for the tests: small ones, and real ones with sensible statistics."""
 
-import contextlib
-
 import keras
 import numpy as np
 
@@ -56,31 +54,6 @@ def small_vit_network(seed=0):
     )
     tokens = backbone(keras.layers.Rescaling(1 / 127.5, -1)(images))
     return network_of(keras.Model(images, keras.layers.Dense(10, name="head")(tokens[:, 0])))
-
-
-@contextlib.contextmanager
-def _momentum_zero(layers):
-    before = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.momentum = 0.0
-    yield
-    for layer, momentum in zip(layers, before):
-        layer.momentum = momentum
-
-
-def calibrate(network, images):
-    """Sets the moving statistics to those of `images`.
-
-    Without that, the activations of random weights shrink or grow from layer to
-    layer until rounding decides over their order.
-    """
-    norms = [layer for layer in network.model.layers if isinstance(layer, keras.layers.BatchNormalization)]
-    calls = [vars(layer).pop("call", None) for layer in norms]  # the policy for stored statistics, if set
-    with _momentum_zero(norms):
-        network.model(images, training=True)
-    for layer, call in zip(norms, calls):
-        if call is not None:
-            object.__setattr__(layer, "call", call)
 
 
 def digits_images(num_images, size, seed=0):

@@ -10,11 +10,12 @@ import dataclasses
 import keras
 import numpy as np
 import pytest
-from networks import backbone_network, calibrate, digits_images, network_of, small_vit_network, tiny_model
+from networks import backbone_network, digits_images, network_of, small_vit_network, tiny_model
 from ripser import ripser
 from scipy.spatial.distance import pdist, squareform
 
 from errors import RunError
+from models.batchnorm import calibrate
 from models.layers import find_candidates
 from selection.activations import _normalisations, distance_pass
 from selection.betti import betti_1_of_each
@@ -79,7 +80,7 @@ def our_counts(network, images):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_counts_equal_the_reference(model_name, num_layers, seed):
     network = backbone_network(model_name, seed)
-    calibrate(network, digits_images(128, 32, seed=9)[0])
+    calibrate(network.model, digits_images(128, 32, seed=9)[0])
     images, _ = digits_images(BATCH, 32, seed)
     expected = [reference_count(activation) for activation in extracted_activations(network, images)]
     assert our_counts(network, images) == expected
@@ -112,7 +113,7 @@ def test_batch_statistics_are_used_and_kept():
         np.testing.assert_array_equal(before, after.numpy())
     assert points == BATCH
     # The same, with the batch's statistics made the stored ones.
-    calibrate(network, images)
+    calibrate(network.model, images)
     stored = network_of(network.model, bn_stats="stored")
     assert counts[0].tolist() == our_counts(stored, images)
 

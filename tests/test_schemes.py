@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from networks import backbone_network, calibrate, digits_images, network_of, small_vit_network, tiny_model
+from networks import backbone_network, digits_images, network_of, small_vit_network, tiny_model
 from test_main import assemble_tiny, run_of, tiny  # noqa: F401  a fixture
 
 import train
@@ -27,7 +27,7 @@ NORMS_AND_BIASES = {"stem/bias", "branch/bias", "branch_bn/gamma", "branch_bn/be
 def tiny_network(bn_stats="stored", seed=0):
     keras.utils.set_random_seed(seed)
     network = network_of(tiny_model(), bn_stats)
-    calibrate(network, digits_images(64, 16)[0])
+    batchnorm.calibrate(network.model, digits_images(64, 16)[0])
     batchnorm.MODES[bn_stats](network.model)
     return network
 
