@@ -178,16 +178,22 @@ def restore(saved, model, best):
         model: keras.Model, compiled, its optimizer built.
         best: train.BestEpoch, its variables set.
     """
-    variables = [*best.variables, *model.optimizer.variables]
-    names = [name for name, _, _ in saved.arrays if name.startswith("variable/")]
-    if names != [f"variable/{variable.path}" for variable in variables]:
+    variables = _variables(model, best)
+    if [name for name, _, _ in saved.arrays if name.startswith("variable/")] != [name for name, _ in variables]:
         raise ValueError(f"{saved.path} is of another network or optimizer")
-    for variable, value in zip(variables, saved.read("variable/")):
+    for (_, variable), value in zip(variables, saved.read("variable/")):
         variable.assign(value)
     best.best, best.epoch = tuple(saved.record["best"]), saved.record["best_epoch"]
     if best.epoch is not None:
         values = list(saved.read("best/")) or [variable.numpy() for variable in best.variables]
         best.values = list(zip(best.variables, values, strict=True))
+
+
+def _variables(model, best):
+    """Returns [(name, keras.Variable)] of all that training changes, but for the metrics."""
+    # A slot's path begins with its optimizer's name, which Keras numbers through within a process.
+    of_optimizer = [(f"variable/optimizer/{variable.name}", variable) for variable in model.optimizer.variables]
+    return [*((f"variable/{variable.path}", variable) for variable in best.variables), *of_optimizer]
 
 
 class Checkpointer(keras.callbacks.Callback):
@@ -282,8 +288,8 @@ class Checkpointer(keras.callbacks.Callback):
         self.saved_at = time.monotonic()
 
     def _arrays(self, epoch, step):
-        for variable in [*self.best.variables, *self.model.optimizer.variables]:
-            yield f"variable/{variable.path}", variable.numpy()
+        for name, variable in _variables(self.model, self.best):
+            yield name, variable.numpy()
         if step:
             metrics = self.metrics if step == self.steps_per_epoch else self._metrics()
             for number, value in enumerate(metrics):
