@@ -178,11 +178,11 @@ def restore(saved, model, best):
         model: keras.Model, compiled, its optimizer built.
         best: train.BestEpoch, its variables set.
     """
-    variables = _variables(model, best)
-    if [name for name, _, _ in saved.arrays if name.startswith("variable/")] != [name for name, _ in variables]:
-        raise ValueError(f"{saved.path} is of another network or optimizer")
-    for (_, variable), value in zip(variables, saved.read("variable/")):
+    # By their order: in the names of random states and slots Keras counts what a process has made before.
+    for variable, value in zip(_variables(model, best), saved.read("variable/"), strict=True):
         variable.assign(value)
+    # Keras makes the metrics' variables at their first use.
+    model.compute_metrics(None, keras.ops.zeros(1, "int64"), keras.ops.zeros((1, model.output_shape[-1])))
     best.best, best.epoch = tuple(saved.record["best"]), saved.record["best_epoch"]
     if best.epoch is not None:
         values = list(saved.read("best/")) or [variable.numpy() for variable in best.variables]
@@ -190,10 +190,8 @@ def restore(saved, model, best):
 
 
 def _variables(model, best):
-    """Returns [(name, keras.Variable)] of all that training changes, but for the metrics."""
-    # A slot's path begins with its optimizer's name, which Keras numbers through within a process.
-    of_optimizer = [(f"variable/optimizer/{variable.name}", variable) for variable in model.optimizer.variables]
-    return [*((f"variable/{variable.path}", variable) for variable in best.variables), *of_optimizer]
+    """Returns all that training changes but the metrics: weights, statistics, random states, slots."""
+    return [*best.variables, *model.optimizer.variables]
 
 
 class Checkpointer(keras.callbacks.Callback):
@@ -288,8 +286,8 @@ class Checkpointer(keras.callbacks.Callback):
         self.saved_at = time.monotonic()
 
     def _arrays(self, epoch, step):
-        for name, variable in _variables(self.model, self.best):
-            yield name, variable.numpy()
+        for number, variable in enumerate(_variables(self.model, self.best)):
+            yield f"variable/{number}", variable.numpy()
         if step:
             metrics = self.metrics if step == self.steps_per_epoch else self._metrics()
             for number, value in enumerate(metrics):

@@ -201,7 +201,7 @@ def fine_tune(network, selection, data, cfg, folder, result, saved=None):
         if goes_on:
             with model.distribute_strategy.scope():
                 optimizer.build(model.trainable_variables)
-            restore(saved, model, best)
+                restore(saved, model, best)
             checkpointer.checksums = saved.record["checksums"]
             clock.begin_segment(0.0)
         else:

@@ -31,22 +31,23 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 
 COMMON = (
-    "--model_name mobilenetv2 --weights none --input_size 32 --limit_train 240 --limit_test 60 --batch_size 16 "
-    "--num_epochs 4 --num_betti_batches 2 --checkpoint_minutes 0 --save_model"
+    "--weights none --input_size 32 --limit_train 120 --limit_test 40 --batch_size 16 --num_epochs 3 --num_betti_batches 2 "
+    "--checkpoint_minutes 0 --save_model"
 ).split()
 # What is special about each: ranks once; selects again, and trains other weights; prunes; two slots a weight.
 SETTINGS = {
-    "act_norm_betti_train": [],
-    "elastic_training": ["--interval", "1", "--rho", "0.8"],
-    "prunetrain": ["--interval", "2"],
-    "full_training": ["--optimizer", "adam"],
+    "act_norm_betti_train": ["--model_name", "mobilenetv2"],
+    "elastic_training": ["--model_name", "vgg16", "--interval", "1", "--rho", "0.8"],
+    "prunetrain": ["--model_name", "vgg16", "--interval", "2"],
+    "full_training": ["--model_name", "mobilenetv2", "--optimizer", "adam"],
 }
-# Moment of a kill -> the texts in log.txt between which it lies.
+# Moments of a kill. Of the first two, the texts in log.txt between which they lie; the
+# others come after a random step, whose checkpoint tells of it.
 PHASES = {
     "selection": ("Run folder: ", "; chosen in "),
     "tracing": ("; chosen in ", "Epoch 1/"),
-    "training": ("; chosen in ", "Model: "),
-    "saving": ("; chosen in ", "Model: "),
+    "training": None,
+    "saving": None,
 }
 # Of summary.json, what is measured: times and memory.
 MEASURED = ("_s", "_measured", "_memory_bytes", "_rss_bytes")
@@ -105,9 +106,9 @@ def kill_and_compare(settings, kills, seed, out, program=(str(ROOT / "main.py"),
 
 
 def left_alone(command, folder):
-    """Runs to the end and returns {phase: its seconds}."""
+    """Runs to the end and returns {phase: its seconds, or the number of training steps}."""
     process, seen = start(command), {}
-    texts = {text for pair in PHASES.values() for text in pair}
+    texts = {text for pair in PHASES.values() if pair for text in pair}
     while process.poll() is None:
         log = log_of(folder)
         seen |= {text: time.monotonic() for text in texts - set(seen) if text in log}
@@ -115,7 +116,9 @@ def left_alone(command, folder):
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed: {process.stderr.read().strip()}")
     seen |= {text: time.monotonic() for text in texts - set(seen)}  # what came within the last look
-    return {phase: seen[end] - seen[begin] for phase, (begin, end) in PHASES.items()}
+    config = json.loads((folder / "config.json").read_text())
+    steps = config["num_epochs"] * (config["split_sizes"]["train"] // config["batch_size"])
+    return {phase: seen[pair[1]] - seen[pair[0]] if pair else steps for phase, pair in PHASES.items()}
 
 
 def killed(command, folder, phase, lasts, rng):
@@ -125,23 +128,33 @@ def killed(command, folder, phase, lasts, rng):
         command: list of str.
         folder: pathlib.Path. The run's.
         phase: str, of PHASES. `saving` waits on from its moment until a checkpoint is being written.
-        lasts: dict from phase to its seconds in a run that was left alone.
+        lasts: dict, from `left_alone`.
         rng: random.Random.
 
     Returns:
         str. When that was.
     """
-    begin, _ = PHASES[phase]
     process = start(command)
-    until(lambda: begin in log_of(folder) or process.poll() is not None)
-    wait_s = rng.random() * lasts[phase]
-    time.sleep(wait_s)
-    if phase == "saving":
-        until(lambda: any(folder.glob("checkpoint/.partial-*")) or process.poll() is not None, every_s=0.0002)
+    if PHASES[phase]:
+        moment = rng.random() * lasts[phase]
+        until(lambda: PHASES[phase][0] in log_of(folder) or process.poll() is not None)
+        time.sleep(moment)
+        told = f"after {moment:.2f} s"
+    else:
+        moment = rng.randrange(lasts[phase])
+        until(lambda: last_step(folder) >= moment or process.poll() is not None)
+        if phase == "saving":
+            until(lambda: any(folder.glob("checkpoint/.partial-*")) or process.poll() is not None, every_s=0.0002)
+        told = f"after step {last_step(folder)}"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    state = "it had ended" if process.returncode == 0 else "within a save" if any(folder.glob("checkpoint/.partial-*")) else ""
-    return f"after {wait_s:.2f} s{state and ', '}{state}"
+    half = any(folder.glob("checkpoint/.partial-*"))
+    return told + (", which was the end" if process.returncode == 0 else ", within a save" if half else "")
+
+
+def last_step(folder):
+    """Returns the step of the newest checkpoint, -1 where there is none."""
+    return max((int(path.name.removeprefix("step_")) for path in folder.glob("checkpoint/step_*")), default=-1)
 
 
 def start(command):
