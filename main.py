@@ -17,6 +17,7 @@ import traceback
 
 import runtime
 import distribution
+import faults
 import interruption
 import report
 import run_folder
@@ -154,8 +155,12 @@ def run(cfg, early_log):
         if not cfg.select_only:
             with contextlib.suppress(OSError):  # what ended the run is what has to be said
                 folder.write_json("summary.json", report.summary_record(cfg, network, selection, result))
+        if result.status == "interrupted":
             log.info("To go on: python main.py --resume %s", folder.path)
-        raise
+        told = faults.explained(error, faults.Situation(cfg, folder.path, network, selection, images.batch_size))
+        if told is None:
+            raise
+        raise RunError(told) from error
     if result.status == "diverged":
         raise RunError(result.advice)
     folder.finish()
