@@ -73,14 +73,13 @@ def status(folder):
 
 # ---------------------------------------------------------------- it goes on exactly
 
-# Scheme -> its flags, and where it is ended, one after the other.
+# Where a run is ended, and each time it has gone on.
 CHAIN = [
     (checkpoint.Checkpointer, ON_STEP, 4),
-    (checkpoint.Checkpointer, ON_STEP, 5),  # the last of the epoch
-    (checkpoint.Checkpointer, ON_TEST, 1),
     (checkpoint.Checkpointer, ON_EPOCH, 1),
     (train, "reselect", 1),
-    (checkpoint.Checkpointer, ON_STEP, 3),
+    (checkpoint.Checkpointer, ON_STEP, 9),  # the last of the epoch
+    (checkpoint.Checkpointer, ON_TEST, 1),
 ]
 SCHEMES = {
     "elastic_training": ["--interval", "1", "--rho", "0.9", "--timing", "measured"],
@@ -107,7 +106,7 @@ def test_a_run_that_is_ended_again_and_again_ends_like_one_that_was_not(scheme, 
     assert resume(tmp_path / "run") == 0
     assert kills.compare(tmp_path / "alone", tmp_path / "run") == []
     places = re.findall(r"Goes on after epoch (\d), step (\d)", capsys.readouterr().err)
-    assert places == [("0", "4"), ("0", "9"), ("0", "9"), ("1", "0"), ("1", "0"), ("1", "3")]
+    assert places == [("0", "4"), ("1", "0"), ("1", "0"), ("1", "9"), ("1", "9")]
 
 
 def test_runs_killed_in_processes_of_their_own_end_like_one_left_alone(tmp_path, data_dir, capsys):
@@ -206,14 +205,15 @@ with interruption.handled():
 
 
 def test_damaged_checkpoints_are_told_and_the_one_before_is_used(logs, capsys):
-    first, before, last = sorted((logs / "run" / "checkpoint").iterdir())
+    _, before, last = sorted((logs / "run" / "checkpoint").iterdir())
     last.write_bytes(last.read_bytes()[:-100])
     spoilt = bytearray(before.read_bytes())
     spoilt[len(spoilt) // 3] ^= 4
     before.write_bytes(spoilt)
-    assert checkpoint.latest(logs / "run").path == first and not last.exists() and not before.exists()
-    told = [line for line in capsys.readouterr().err.splitlines() if "is damaged" in line]
-    assert len(told) == 2
+    assert resume(logs / "run") == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "is damaged" in line or "Goes on" in line]
+    assert [last.name in told[0], before.name in told[1], told[2]] == [True, True, "Goes on after epoch 0, step 0"]
+    assert kills.compare(logs / "alone", logs / "run") == []
 
 
 def test_a_full_disk_costs_no_more_than_what_did_not_fit(logs, monkeypatch, capsys):
