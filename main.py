@@ -10,6 +10,7 @@ time and peak memory. README.md has the other flags, and what to expect.
 """
 
 import contextlib
+import functools
 import logging
 import sys
 import time
@@ -73,7 +74,7 @@ def run(cfg, early_log):
     """
     run_folder.check_place(cfg)
     folder = None
-    if cfg.resume:
+    if cfg.resume and run_folder.exists(cfg):
         folder = run_folder.RunFolder(cfg, early_log)
         if summary := run_folder.finished_summary(folder.path):
             folder.finish()
@@ -118,12 +119,11 @@ def run(cfg, early_log):
         if saved:
             selection = Selection.from_plain(saved.record["selection"])
             checkpoint.fill(result, saved.record["result"])
-            *before, last = [selection, *(chosen for _, chosen in result.later)]
-            last = scheme.take_up(network, images.selection_batches, cfg, last)
-            if before:
-                result.later[-1] = (result.later[-1][0], last)
+            take_up = functools.partial(scheme.take_up, network, images.selection_batches, cfg)
+            if result.later:
+                result.later[-1] = (result.later[-1][0], take_up(result.later[-1][1]))
             else:
-                selection = last
+                selection = take_up(selection)
             log.info("Goes on after epoch %d, step %d", saved.record["epoch"], saved.record["step"])
         else:
             start = time.perf_counter()

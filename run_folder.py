@@ -81,11 +81,16 @@ def check_place(cfg):
             f"--run_name must be a plain folder name, without separators or '..'. Received: {cfg.run_name!r}; the "
             "folder around it is --log_dir."
         )
-    if not cfg.resume and (log_dir / cfg.run_name).exists():
+    if not cfg.resume and exists(cfg):
         raise UsageError(
             f"--run_name must be new in --log_dir. Received: {cfg.run_name!r}, which {cfg.log_dir} has already; choose "
             "another name, remove that run, or go on with it by --resume."
         )
+
+
+def exists(cfg):
+    """Says whether the folder of `--run_name` is there."""
+    return Path(cfg.log_dir, cfg.run_name).exists()
 
 
 def recorded(folder):

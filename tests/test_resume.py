@@ -170,6 +170,14 @@ def test_flags_that_change_no_result_are_taken_and_a_finished_run_is_left_as_it_
     assert "is finished" in err and "Accuracy (%)" in out and files_of(logs) == before
 
 
+def test_another_version_of_a_library_is_refused_by_name(logs, capsys):
+    config = json.loads((logs / "run" / "config.json").read_text())
+    config["versions"]["numpy"] = "1.0"
+    (logs / "run" / "config.json").write_text(json.dumps(config))
+    assert resume(logs / "run") == 2
+    assert "where it was 1.0" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_run_without_a_checkpoint_starts_over_in_its_folder(logs, run, capsys):
     shutil.rmtree(logs / "run" / "checkpoint")
     assert resume(logs / "run") == 0
