@@ -45,11 +45,13 @@ class Config:
     num_epochs: int = 10
     strategy: str = "none"  # none, mirrored
     seed: int = 0
+    checkpoint_minutes: float = 10.0  # 0 is after every step
     # Output
     log_dir: str = "logs"
     run_name: str | None = None
     save_model: bool = False
     save_txt: bool = False
+    resume: bool = False
     select_only: bool = False
     prepare_only: bool = False
     list_layers: bool = False

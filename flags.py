@@ -8,7 +8,11 @@ here, so --help and a wrong flag answer at once.
 import argparse
 import logging
 import math
+import os
+from dataclasses import fields
+from pathlib import Path
 
+import run_folder
 from config import Config
 from data import DATASETS, dataset_row
 from distribution import STRATEGIES
@@ -32,9 +36,56 @@ def parse(argv):
 
     Raises:
         SystemExit: --help, or a flag that argparse refuses, in one line on stderr.
-        UsageError: flags that contradict each other or the tables.
+        UsageError: flags that contradict each other, the tables, or the run that is
+            to be resumed.
     """
-    return resolve(make_parser().parse_args(without_doubled_flags(argv)))
+    argv = without_doubled_flags(argv)
+    args = make_parser().parse_args(argv)
+    if args.resume is False:
+        return resolve(args)
+    folder = _folder_to_resume(args)
+    record = run_folder.recorded(folder)
+    known = {field.name: record[field.name] for field in fields(Config) if field.name in record} if record else {}
+    if record and record.get("bn_stats") is None:
+        known.pop("bn_stats", None)  # a network without normalisation
+    # The run's own flags are the defaults; what is written on this command line comes on top.
+    place = {"log_dir": str(folder.parent), "run_name": folder.name}
+    args = make_parser().parse_args(argv, argparse.Namespace(**{**known, **place}))
+    args.resume = True
+    cfg = resolve(args)
+    if os.path.abspath(Path(cfg.log_dir, cfg.run_name)) != os.path.abspath(folder):
+        raise UsageError(
+            f"--resume names the run by itself. Received: {folder}, and --run_name {cfg.run_name} in --log_dir "
+            f"{cfg.log_dir}; leave these out."
+        )
+    changed = run_folder.differing_flags(cfg, record) if record else []
+    if changed:
+        told = ", ".join(f"--{name} {getattr(cfg, name)} (was {record.get(name)})" for name in changed)
+        raise UsageError(
+            f"a resumed run keeps every flag that changes its result. Received: {told}; leave that out, or start a new "
+            "run under another --run_name."
+        )
+    return cfg
+
+
+def _folder_to_resume(args):
+    """Returns the run folder that `--resume` means, a pathlib.Path."""
+    if args.list_layers or args.prepare_only:
+        raise UsageError("--resume goes on with a run. Received: --list_layers or --prepare_only too; leave out one of them.")
+    if args.resume is True:
+        if args.run_name is None:
+            raise UsageError(
+                "--resume needs the run that it is to go on with. Received: neither RUN_FOLDER nor --run_name; give one."
+            )
+        return Path(args.log_dir, args.run_name)
+    folder = Path(os.path.abspath(args.resume)) if Path(args.resume).name in ("", "..") else Path(args.resume)
+    if not (folder / "config.json").exists():
+        raise UsageError(
+            f"--resume takes the folder of a run, with its config.json. Received: {args.resume}; "
+            + ("a run that ended before it wrote that is started again by its own flags, --run_name and --resume."
+               if folder.is_dir() else "there is no such folder, check the path.")
+        )
+    return folder
 
 
 def make_parser():
@@ -168,11 +219,26 @@ def make_parser():
         default=Config.strategy,
         help="mirrored: each batch is split over the devices of this machine\n" + _D,
     )
+    group.add_argument(
+        "--checkpoint_minutes",
+        type=_real(0, math.inf, open_high=True),
+        default=Config.checkpoint_minutes,
+        metavar="MINUTES",
+        help="a checkpoint is written at the end of every epoch, and so often within long ones;\n0: after every step\n" + _D,
+    )
     group.add_argument("--seed", type=_integer(0), default=Config.seed, help=_D)
 
     group = parser.add_argument_group("output")
     group.add_argument("--log_dir", default=Config.log_dir, help="folder of the run folders\n" + _D)
     group.add_argument("--run_name", help="(default: made from model, data set, scheme, rho and seed)")
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=Config.resume,
+        metavar="RUN_FOLDER",
+        help="go on with a run that was cut off, by its own flags; bare: with the run of --run_name, or start it",
+    )
     group.add_argument("--save_model", **_switch(False), help="write model.keras, which plain Keras loads\n" + _D)
     group.add_argument("--save_txt", **_switch(False), help="write RUN_NAME.txt with hours and accuracy\n" + _D)
     group.add_argument("--debug", **_switch(False), help="show tracebacks\n" + _D)

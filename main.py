@@ -10,19 +10,21 @@ time and peak memory. README.md has the other flags, and what to expect.
 """
 
 import contextlib
+import functools
 import logging
-import signal
 import sys
 import time
 import traceback
 
 import runtime
 import distribution
+import faults
+import interruption
 import report
 import run_folder
 from errors import RunError, UsageError
 from flags import parse
-from selection import SCHEMES
+from selection import SCHEMES, Selection
 
 log = logging.getLogger("adabet")
 
@@ -41,7 +43,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     early_log = run_folder.set_up_logging()
     try:
-        with _sigterm_raises():
+        with interruption.handled():
             cfg = parse(argv)
             if cfg.prepare_only:
                 return prepare(cfg)
@@ -54,7 +56,7 @@ def main(argv=None):
         return _fail(1, error, argv)
     except KeyboardInterrupt:
         return _fail(130, "interrupted by SIGINT", argv)
-    except Terminated:
+    except interruption.Terminated:
         return _fail(143, "interrupted by SIGTERM", argv)
     except Exception as error:  # what nobody foresaw is one line too; --debug has the traceback
         return _fail(1, f"{type(error).__name__}: {error}", argv)
@@ -71,14 +73,25 @@ def run(cfg, early_log):
         int. The exit code.
     """
     run_folder.check_place(cfg)
+    folder = None
+    if cfg.resume and run_folder.exists(cfg):
+        folder = run_folder.RunFolder(cfg, early_log)
+        if summary := run_folder.finished_summary(folder.path):
+            folder.finish()
+            log.info("%s is finished: there is nothing to go on with.", folder.path)
+            print(report.console_block(summary))
+            return 0
     runtime.load_tensorflow()
+    import checkpoint
     import data
     import models
     import train
     from memory import budget
     from memory.measure import measured_peak
 
-    # All that can be wrong with the input comes to light before there is a run folder.
+    saved = folder and checkpoint.latest(folder.path)
+
+    # All that can be wrong with the input comes to light before there is a new run folder.
     images = data.load(cfg)
     runtime.seed_everything(cfg.seed)  # after the data: preparing a set draws random numbers of its own
     strategy = distribution.make(cfg)
@@ -86,46 +99,68 @@ def run(cfg, early_log):
     with distribution.scope(strategy):
         network = models.assemble(cfg, images.num_classes)
     scheme = SCHEMES[cfg.train_type]
-    scheme.check(network, cfg, images.split_sizes["train"])
+    if not saved:
+        scheme.check(network, cfg, images.split_sizes["train"])
     with distribution.scope(strategy):
         network = models.load_weights(network, cfg)
-    if cfg.memory_budget_mb is not None:
+    if cfg.memory_budget_mb is not None and not saved:
         budget.check(network, cfg, images.batch_size)
 
-    folder = run_folder.RunFolder(cfg, early_log)
-    folder.write_json("config.json", report.config_record(cfg, images, network, folder))
+    folder = folder or run_folder.RunFolder(cfg, early_log)
+    record = report.config_record(cfg, images, network, folder)
+    if cfg.resume:
+        report.check_same_surroundings(record, run_folder.recorded(folder.path))
+    folder.write_json("config.json", record)
     log.info("Run folder: %s", folder.path)
     _announce(cfg, images, network)
 
-    result, selection, selection_s, peak = train.Result(), None, None, None
+    result, selection = train.Result(), None
     try:
-        start = time.perf_counter()
-        with measured_peak() as peak:
-            selection = scheme.select(network, images.selection_batches, cfg)
-        selection_s = time.perf_counter() - start
-        if cfg.memory_budget_mb is not None:
-            selection, *following = budget.fit(network, selection, cfg, images.batch_size)
-            result.budget_next_layer, result.budget_next_bytes = following
-        folder.write_json("selection.json", report.selection_record(cfg, selection))
+        if saved:
+            selection = Selection.from_plain(saved.record["selection"])
+            checkpoint.fill(result, saved.record["result"])
+            take_up = functools.partial(scheme.take_up, network, images.selection_batches, cfg)
+            if result.later:
+                result.later[-1] = (result.later[-1][0], take_up(result.later[-1][1]))
+            else:
+                selection = take_up(selection)
+            log.info("Goes on after epoch %d, step %d", saved.record["epoch"], saved.record["step"])
+        else:
+            start = time.perf_counter()
+            with measured_peak() as peak:
+                selection = scheme.select(network, images.selection_batches, cfg)
+            result.selection_s, result.selection_peak_bytes = time.perf_counter() - start, peak.bytes
+            if cfg.memory_budget_mb is not None:
+                selection, *following = budget.fit(network, selection, cfg, images.batch_size)
+                result.budget_next_layer, result.budget_next_bytes = following
+        folder.write_json("selection.json", report.selection_record(cfg, selection, result.later))
         for name, content in selection.files.items():
             folder.write_json(name, content)
         if cfg.select_only:
             print(report.ranking_table(selection))
             return 0
-        _announce_selection(network, selection, selection_s)
-        train.fine_tune(network, selection, images, cfg, folder, result)
+        _announce_selection(network, selection, result.selection_s)
+        if not saved:
+            checkpoint.save_selection(folder.path, selection, result)
+        train.fine_tune(network, selection, images, cfg, folder, result, saved)
         if cfg.save_model and result.status == "done":
             folder.save_model(network.model)
-    except (KeyboardInterrupt, Terminated):
-        result.status = "interrupted"
-        raise
-    except BaseException:
-        result.status = "failed"
-        raise
-    finally:
+        summary = report.summary_record(cfg, images, network, selection, result)
+        if cfg.save_txt and result.status == "done":
+            folder.write_txt(summary)
+        folder.write_json("summary.json", summary)
+    except BaseException as error:
+        interruption.hold()  # one more signal must not cost the summary
+        result.status = "interrupted" if isinstance(error, tuple(interruption.EXCEPTIONS.values())) else "failed"
         if not cfg.select_only:
-            summary = report.summary_record(cfg, images, network, selection, selection_s, peak, result)
-            folder.write_json("summary.json", summary)
+            with contextlib.suppress(OSError):  # what ended the run is what has to be said
+                folder.write_json("summary.json", report.summary_record(cfg, images, network, selection, result))
+        if result.status == "interrupted":
+            log.info("To go on: python main.py --resume %s", folder.path)
+        told = faults.explained(error, faults.Situation(cfg, folder.path, network, selection, images.batch_size))
+        if told is None:
+            raise
+        raise RunError(told) from error
     if result.status == "diverged":
         raise RunError(result.advice)
     if summary["stayed_at_chance"]:
@@ -134,8 +169,7 @@ def run(cfg, early_log):
             "or try another --learning_rate, more epochs, or pretrained --weights.",
             100 * images.majority_share,
         )
-    if cfg.save_txt:
-        folder.write_txt(summary)
+    folder.finish()
     print(report.console_block(summary))
     return 0
 
@@ -176,26 +210,6 @@ def prepare(cfg):
     if failures:
         raise RunError("; and ".join(failures))
     return 0
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived."""
-
-
-@contextlib.contextmanager
-def _sigterm_raises():
-    def terminate(signum, frame):
-        raise Terminated
-
-    try:
-        before = signal.signal(signal.SIGTERM, terminate)
-    except ValueError:  # not the main thread: whoever runs us there handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(code, error, argv):

@@ -3,14 +3,17 @@
 Pure functions from results to dicts and text; writing is run_folder.py's.
 """
 
+import logging
 import math
 import statistics
 from dataclasses import asdict
 
+from errors import UsageError
 from memory.measure import peak_rss_bytes
 from run_folder import fingerprint, library_versions
 from runtime import device_facts
 
+log = logging.getLogger("adabet")
 
 # Probability with which guessing may pass for learning.
 _BY_CHANCE = 1e-3
@@ -45,6 +48,47 @@ def config_record(cfg, images, network, folder):
         "skipped_images": images.skipped_images,
         "class_names": images.class_names,
     }
+
+
+def check_same_surroundings(record, before):
+    """Refuses to go on with a run on what isn't the same any more: libraries, data, weights.
+
+    Another device, or other thread counts, may change the last digits: that is warned of.
+
+    Args:
+        record: dict, from `config_record`.
+        before: dict or None. The run's config.json, if it has come to one.
+
+    Raises:
+        UsageError: see there.
+    """
+    if before is None:
+        return
+    for name in ("versions", "dataset_version", "split_sizes", "class_names", "weights_provenance"):
+        now, then = (_without_place(content.get(name)) for content in (record, before))
+        if now != then:
+            raise UsageError(
+                f"a resumed run needs the {name} that it began with. Received: {_difference(now, then)}; bring that "
+                "back, or start a new run."
+            )
+    changed = [name for name in device_facts() if record[name] != before.get(name)]
+    if changed:
+        log.warning(
+            "The run began with another %s: the last digits of its results may differ.", ", ".join(changed)
+        )
+
+
+def _without_place(content):
+    """Returns it without what only says where something lay."""
+    return {k: v for k, v in content.items() if k not in ("path", "note")} if isinstance(content, dict) else content
+
+
+def _difference(now, then):
+    if not (isinstance(now, dict) and isinstance(then, dict)):
+        return f"{now}, where it was {then}"
+    return ", ".join(
+        f"{key} {now.get(key)}, where it was {then.get(key)}" for key in {**then, **now} if now.get(key) != then.get(key)
+    )
 
 
 def selection_record(cfg, selection, later=()):
@@ -92,7 +136,7 @@ def trained_facts(network, selection):
     }
 
 
-def summary_record(cfg, images, network, selection, selection_s, selection_peak, result):
+def summary_record(cfg, images, network, selection, result):
     """Returns the content of summary.json; what was never reached is None.
 
     Args:
@@ -101,15 +145,12 @@ def summary_record(cfg, images, network, selection, selection_s, selection_peak,
         network: models.Network.
         selection: selection.Selection, the first, or None where the run ended before
             it. What trains is told of the last.
-        selection_s: float or None. Seconds of the first selection.
-        selection_peak: memory.measure.Peak or None. The allocator's peak over it.
         result: train.Result.
     """
     from memory import convention  # loads Keras, which --help need not wait for
 
     seconds = [row["seconds"] for row in result.epochs]
     last = result.later[-1][1] if result.later else selection
-    peaks = [peak for peak in (selection_peak and selection_peak.bytes, result.reselection_peak_bytes) if peak]
     unknown = dict.fromkeys(
         ("num_trained_layers", "num_trained_weights", "num_weights", "num_layers", "earliest_trained_layer")
     )
@@ -126,13 +167,14 @@ def summary_record(cfg, images, network, selection, selection_s, selection_peak,
         "val_accuracy": result.val_accuracy,
         "epochs": len(result.epochs),
         "best_epoch": result.best_epoch,
-        "selection_s": None if selection_s is None else selection_s + result.reselection_s,
+        "selection_s": result.selection_s,
         "compile_s": result.compile_s,
         "train_s": sum(seconds) if seconds else None,
         "epoch_s": statistics.median(seconds) if seconds else None,
         "eval_s": result.eval_s if seconds else None,
+        "checkpoint_s": result.checkpoint_s,
         "peak_memory_bytes_measured": result.peak_bytes,
-        "selection_peak_memory_bytes": max(peaks, default=None),
+        "selection_peak_memory_bytes": result.selection_peak_bytes,
         "peak_rss_bytes": peak_rss_bytes(),
         "memory_device": result.device,
         "peak_memory_bytes_estimated": result.estimated_bytes,

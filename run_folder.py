@@ -1,25 +1,35 @@
 """The run folder: its name, its files, and that each of them is whole at any moment."""
 
+import contextlib
 import csv
+import fcntl
 import hashlib
 import io
 import json
 import logging
 import logging.handlers
 import os
+import shutil
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
+from config import Config
 from errors import RunError, UsageError
 
 log = logging.getLogger("adabet")
 
 # What a run was told only about where to write or how much to say.
-_WITHOUT_EFFECT = {"log_dir", "run_name", "save_model", "save_txt", "select_only", "list_layers", "debug", "data_dir", "prepare_only"}
+_WITHOUT_EFFECT = {
+    "log_dir", "run_name", "resume", "checkpoint_minutes", "save_model", "save_txt", "select_only", "list_layers", "debug",
+    "data_dir", "prepare_only",
+}  # fmt: skip
 MAX_NAME_BYTES = 200  # file systems take 255; a temporary file of RUN_NAME.txt has a longer name
 _LIBRARIES = ("tensorflow", "keras", "keras-hub", "tensorflow-datasets", "gudhi", "numpy", "scipy", "scikit-learn")
+
+CHECKPOINTS = "checkpoint"  # the folder of a run folder that checkpoint.py writes to
+_PARTIAL = ".partial-"  # begins the names of files that aren't whole yet
 
 
 def set_up_logging():
@@ -73,10 +83,10 @@ def check_place(cfg):
             f"--run_name must be a plain folder name: printable, without separators, of 1 to {MAX_NAME_BYTES} bytes, and "
             f"not beginning with a dot or a dash. Received: {shown!r}; the folder around it is --log_dir."
         )
-    if os.path.lexists(log_dir / cfg.run_name):
+    if not cfg.resume and exists(cfg):
         raise UsageError(
             f"--run_name must be new in --log_dir. Received: {cfg.run_name!r}, which {cfg.log_dir} has already; choose "
-            "another name or remove that run."
+            "another name, remove that run, or go on with it by --resume."
         )
 
 
@@ -90,8 +100,42 @@ def _plain_name(name):
     )
 
 
+def exists(cfg):
+    """Says whether the folder of `--run_name` is there."""
+    return os.path.lexists(Path(cfg.log_dir, cfg.run_name))
+
+
+def recorded(folder):
+    """Returns a run folder's config.json, or None where the run ended before it had one.
+
+    Args:
+        folder: pathlib.Path.
+
+    Raises:
+        UsageError: there is something else.
+    """
+    try:
+        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"a run folder has a readable config.json. Received: {folder} ({error}); start a new run.") from None
+    if not isinstance(record, dict):
+        raise UsageError(f"a run folder has a config.json of flags. Received: {folder} with another one; start a new run.")
+    return record
+
+
+def finished_summary(folder):
+    """Returns a run folder's summary.json where it says done, else None."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return summary if summary["status"] == "done" else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # missing, or something else's
+
+
 class RunFolder:
-    """One run's folder, made when the first file is due.
+    """One run's folder, made when the first file is due, and this process's alone as long as it lives.
 
     Attributes:
         path: pathlib.Path.
@@ -99,7 +143,7 @@ class RunFolder:
     """
 
     def __init__(self, cfg, early_log):
-        """Makes the folder and opens log.txt.
+        """Makes the folder, or takes up the one that is there, and opens log.txt.
 
         Args:
             cfg: Config. Its run_name is used as it is, or made from the run's main
@@ -107,19 +151,28 @@ class RunFolder:
             early_log: logging.Handler that has what was logged so far.
 
         Raises:
-            UsageError: a given name exists by now.
+            UsageError: a given name exists by now, or another process is at that run.
             RunError: the folder can't be made.
         """
         log_dir = Path(cfg.log_dir)
         try:
             log_dir.mkdir(parents=True, exist_ok=True)
-            self.path = next(path for path in _candidate_paths(cfg, log_dir) if _made(path))
+            self.path = next(path for path in _candidate_paths(cfg, log_dir) if _made(path) or cfg.resume)
+            self.name = self.path.name
+            handler = _FileHandler(self.path / "log.txt", encoding="utf-8")
+            fcntl.flock(handler.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it with the process
         except StopIteration:
             raise UsageError(f"--run_name must be new in --log_dir. Received: {cfg.run_name!r}.") from None
+        except BlockingIOError:
+            handler.close()
+            raise UsageError(
+                f"a run is one process's at a time. Received: {self.path}, at which another process is at work; wait for "
+                "that, or choose another --run_name."
+            ) from None
         except OSError as error:
             raise RunError(f"the run folder can't be made in {cfg.log_dir}: {error}") from error
-        self.name = self.path.name
-        handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
+        for partial in [*self.path.glob(f"{_PARTIAL}*"), *self.path.glob(f"{CHECKPOINTS}/{_PARTIAL}*")]:
+            partial.unlink()  # what SIGKILL left of a file that was being written
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         early_log.setTarget(handler)
         early_log.close()
@@ -150,7 +203,7 @@ class RunFolder:
         """Writes model.keras: raw images to logits, loadable by plain Keras."""
         import keras
 
-        temporary = self.path / ".model.keras"
+        temporary = self.path / f"{_PARTIAL}model.keras"
         try:
             # The same layers, not compiled: without optimizer and metrics of ours to load.
             keras.Model(model.inputs, model.outputs, name=model.name).save(temporary)
@@ -158,6 +211,18 @@ class RunFolder:
         finally:
             temporary.unlink(missing_ok=True)
         log.info("Model: %s", self.path / "model.keras")
+
+
+    def finish(self):
+        """Removes the checkpoints, which a finished run needs no more."""
+        shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+
+
+class _FileHandler(logging.FileHandler):
+    """A log file that may fail: a full disk ends the run by the first result that it can't take, not by a note."""
+
+    def handleError(self, record):
+        pass
 
 
 def write_whole(path, text):
@@ -170,17 +235,37 @@ def write_whole(path, text):
     Raises:
         OSError: as the system has it; the old content stays.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Gives a binary file to write that takes its name when it is whole and on the disk.
+
+    Args:
+        path: pathlib.Path.
+
+    Raises:
+        OSError: as the system has it; what had the name before stays.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{_PARTIAL}{path.name}.")
     try:
-        with open(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with open(handle, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
             os.fchmod(file.fileno(), 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(OSError):  # the folder may be gone
+            os.unlink(temporary)
         raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # without which a power cut may undo the renaming
+    finally:
+        os.close(folder)
 
 
 def fingerprint(cfg, facts):
@@ -200,6 +285,24 @@ def fingerprint(cfg, facts):
 def decisive(settings):
     """Returns those of a dict of flags that change a run's results."""
     return {key: value for key, value in settings.items() if key not in _WITHOUT_EFFECT}
+
+
+def differing_flags(cfg, record):
+    """Returns the names of the flags that change results and differ from a config.json, in order.
+
+    Args:
+        cfg: Config.
+        record: dict. The content of config.json.
+    """
+    plain = asdict(Config())  # a record from before a flag existed had its default
+    had = {field.name: record.get(field.name, plain[field.name]) for field in fields(Config)}
+    wanted = decisive(asdict(cfg))
+    if wanted["bn_stats"] == "auto":
+        pretrained = (record.get("weights_provenance") or {}).get("source") != "none"
+        wanted["bn_stats"] = had["bn_stats"] and ("stored" if pretrained else "batch")  # None: nothing to normalise
+    if wanted["num_classes"] is None:
+        wanted["num_classes"] = had["num_classes"]  # it only checks the data, whose count is recorded
+    return [name for name, value in wanted.items() if value != had[name]]
 
 
 def library_versions():

@@ -18,7 +18,9 @@ import keras
 from tqdm import tqdm
 
 import distribution
+import interruption
 import report
+from checkpoint import Checkpointer, restore
 from errors import RunError
 from memory import estimate
 from memory.measure import measured_peak, measured_training_step
@@ -46,8 +48,9 @@ class Result:
         budget_next_layer: str. Under --memory_budget_mb: the next layer of the ranking.
         budget_next_bytes: int. The estimated peak with that layer.
         later: list of (epoch from 1, selection.Selection). The re-selections.
-        reselection_s: float. Seconds that these took.
-        reselection_peak_bytes: int. The allocator's peak over them.
+        selection_s: float. Seconds that all selections took.
+        selection_peak_bytes: int. The allocator's peak over them.
+        checkpoint_s: float. Seconds that writing checkpoints took; no other figure has them.
         facts: dict. What the scheme adds to the summary.
     """
 
@@ -65,8 +68,9 @@ class Result:
     budget_next_layer: str | None = None
     budget_next_bytes: int | None = None
     later: list = field(default_factory=list)
-    reselection_s: float = 0.0
-    reselection_peak_bytes: int | None = None
+    selection_s: float | None = None
+    selection_peak_bytes: int | None = None
+    checkpoint_s: float = 0.0
     facts: dict = field(default_factory=dict)
 
 
@@ -150,7 +154,7 @@ def additions(network, selection):
             weight.constraint = None
 
 
-def fine_tune(network, selection, data, cfg, folder, result):
+def fine_tune(network, selection, data, cfg, folder, result, saved=None):
     """Trains the selected weights and measures what it took.
 
     Where the selection wants to be asked again, the epochs are trained in segments
@@ -165,17 +169,24 @@ def fine_tune(network, selection, data, cfg, folder, result):
             selection.json anew after a re-selection.
         result: Result. Filled in as the training goes on, so that an
             interrupted one can still be reported.
+        saved: checkpoint.Checkpoint or None. Where to go on from; `result` has its
+            record already.
     """
     model = network.model
-    segment = cfg.interval if selection.again else cfg.num_epochs
     held_out, prefix = (data.validation_batches(), "val") if cfg.protocol == "validation" else (data.test_batches(), "test")
     split = "validation" if cfg.protocol == "validation" else "test"
     held_out = distribution.even_batches(model.distribute_strategy, held_out, data.split_sizes[split], data.batch_size)
-    clock = EpochClock(result, cfg, prefix, data.steps_per_epoch, folder)
+    clock = EpochClock(result, cfg, prefix, folder)
     best = BestEpoch()
-    current, optimizer, first_steps = selection, None, []
-    for start in range(0, cfg.num_epochs, segment):
-        if start:
+    checkpointer = Checkpointer(folder.path, cfg, data.steps_per_epoch, selection, result, best, clock)
+    current, optimizer = result.later[-1][1] if result.later else selection, None
+    segment = cfg.interval if current.again else cfg.num_epochs
+    epoch, step = (saved.record["epoch"], saved.record["step"]) if saved else (0, 0)
+    # Of an epoch that has just ended, the segment that it belongs to: the next begins with a selection.
+    first = max(0, epoch - (step == 0)) // segment * segment
+    for start in range(first, cfg.num_epochs, segment):
+        goes_on = start == first and (epoch, step) != (0, 0)
+        if start and not goes_on:
             current = reselect(current, start, result)
             folder.write_json("selection.json", report.selection_record(cfg, selection, result.later))
         freeze(network, current.trained_weights)
@@ -187,38 +198,44 @@ def fine_tune(network, selection, data, cfg, folder, result):
             compile_model(model, optimizer)
         # What a later selection trains has to be put back too, if the best epoch came before it.
         best.variables = model.variables if current.again else changing_variables(network)
-        before = checksums(network)
+        if goes_on:
+            with model.distribute_strategy.scope():
+                optimizer.build(model.trainable_variables)
+                restore(saved, model, best)
+            checkpointer.checksums = saved.record["checksums"]
+            clock.begin_segment(0.0)
+        else:
+            epoch, step = start, 0
+            checkpointer.checksums = checksums(network)
         with additions(network, current) as penalties:
-            images, labels = next(iter(data.train_batches(start, start + 1)))
-            share = len(labels) // model.distribute_strategy.num_replicas_in_sync  # what one device sees of a batch
-            images, labels = images[:share], labels[:share]
-            result.estimated_bytes = max_known(result.estimated_bytes, estimate.bytes_of_training(model, images.shape))
-            peak, first_step_s = measured_training_step(model, images, labels, changing_variables(network))
-            result.peak_bytes, result.device = max_known(result.peak_bytes, peak.bytes), peak.device
-            first_steps.append((first_step_s, len(clock.step_s)))
-            del images, labels
-
+            if not goes_on:
+                clock.begin_segment(measure(network, data.train_batches(start, start + 1), result))
+            callbacks = [penalties, StopWhenDiverged(result, data.steps_per_epoch), clock, best, ProgressBar(cfg.num_epochs),
+                         keras.callbacks.TensorBoard(folder.path / "tensorboard", write_graph=False), checkpointer]
             end = min(start + segment, cfg.num_epochs)
-            model.fit(
-                data.train_batches(start, end),
-                initial_epoch=start,
-                epochs=end,
-                steps_per_epoch=data.steps_per_epoch,
-                validation_data=held_out,
-                verbose=0,
-                shuffle=False,  # the data are shuffled already, and Keras warns of doing both
-                callbacks=[penalties, StopWhenDiverged(result), clock, best, ProgressBar(cfg.num_epochs),
-                           keras.callbacks.TensorBoard(folder.path / "tensorboard", write_graph=False)],
-            )
-        check_what_moved(network, current.trained_weights, before)
+            if step:
+                clock.epoch_s_before = saved.record["epoch_s"]
+                checkpointer.begin_at(step, list(saved.read("metric/")), saved.record["epoch_s"])
+                finish_epoch(model, data, epoch, step, held_out, callbacks)
+                epoch, step = epoch + 1, 0
+            if epoch < end and result.status != "diverged":
+                model.fit(
+                    data.train_batches(epoch, end),
+                    initial_epoch=epoch,
+                    epochs=end,
+                    steps_per_epoch=data.steps_per_epoch,
+                    validation_data=held_out,
+                    verbose=0,
+                    shuffle=False,  # the data are shuffled already, and Keras warns of doing both
+                    callbacks=callbacks,
+                )
+            interruption.release()
+        check_what_moved(network, current.trained_weights, checkpointer.checksums)
         if current.facts:
             result.facts = current.facts()
         if result.status == "diverged":
             break
-    step_s = statistics.median(clock.step_s)
-    result.compile_s = sum(
-        max(0.0, first_step_s - step_s) + max(0.0, clock.step_s[i] - step_s) for first_step_s, i in first_steps
-    )
+    result.compile_s = clock.compile_s()
     if result.status == "diverged":
         return
 
@@ -237,6 +254,60 @@ def fine_tune(network, selection, data, cfg, folder, result):
         tested = best.accuracy
     result.accuracy = percent(tested, sizes["test"])
     result.status = "done"
+
+
+def measure(network, batches, result):
+    """Estimates and measures the memory of a training step, and undoes it.
+
+    Args:
+        network: models.Network, compiled.
+        batches: tf.data.Dataset, of which the first batch is taken.
+        result: Result. Takes the peaks.
+
+    Returns:
+        float. Seconds of the first step.
+    """
+    model = network.model
+    images, labels = next(iter(batches))
+    share = len(labels) // model.distribute_strategy.num_replicas_in_sync  # what one device sees of a batch
+    images, labels = images[:share], labels[:share]
+    result.estimated_bytes = max_known(result.estimated_bytes, estimate.bytes_of_training(model, images.shape))
+    peak, first_step_s = measured_training_step(model, images, labels, changing_variables(network))
+    result.peak_bytes, result.device = max_known(result.peak_bytes, peak.bytes), peak.device
+    return first_step_s
+
+
+def finish_epoch(model, data, epoch, step, held_out, callbacks):
+    """Trains the rest of an epoch that was broken off, and evaluates as `fit` does at its end.
+
+    Args:
+        model: keras.Model, its variables as they were then.
+        data: data.Data.
+        epoch: int, from 0.
+        step: int. Steps of the epoch that are done; where all are, the evaluation is what is left.
+        held_out: tf.data.Dataset of batches.
+        callbacks: list of keras.callbacks.Callback.
+    """
+    left = data.steps_per_epoch - step
+    if left:
+        model.fit(
+            data.train_batches(epoch, epoch + 1, step),
+            initial_epoch=epoch,
+            epochs=epoch + 1,
+            steps_per_epoch=left,
+            validation_data=held_out,
+            verbose=0,
+            shuffle=False,
+            callbacks=callbacks,
+        )
+        return
+    callbacks = keras.callbacks.CallbackList(callbacks, model=model, epochs=epoch + 1, steps=0)
+    callbacks.on_train_begin()
+    callbacks.on_epoch_begin(epoch)
+    logs = model.get_metrics_result()
+    found = model.evaluate(held_out, verbose=0, return_dict=True, callbacks=callbacks)
+    callbacks.on_epoch_end(epoch, {**logs, **{f"val_{name}": value for name, value in found.items()}})
+    callbacks.on_train_end()
 
 
 def max_known(*values):
@@ -263,8 +334,8 @@ def reselect(selection, epoch, result):
     start = time.perf_counter()
     with measured_peak() as peak:
         following = selection.again(epoch)
-    result.reselection_s += time.perf_counter() - start
-    result.reselection_peak_bytes = max_known(result.reselection_peak_bytes, peak.bytes)
+    result.selection_s = (result.selection_s or 0.0) + time.perf_counter() - start
+    result.selection_peak_bytes = max_known(result.selection_peak_bytes, peak.bytes)
     result.later.append((epoch + 1, following))
     left, came = (set(a.trained_weights) - set(b.trained_weights) for a, b in ((selection, following), (following, selection)))
     log.info(
@@ -275,17 +346,41 @@ def reselect(selection, epoch, result):
 
 
 class EpochClock(keras.callbacks.Callback):
-    """Times steps, epochs and evaluations apart, and writes an epoch's row the moment it ends."""
+    """Times steps, epochs and evaluations apart, and writes an epoch's row the moment it ends.
 
-    def __init__(self, result, cfg, prefix, steps_per_epoch, folder):
+    Attributes:
+        epoch_s_before: float. Seconds that an epoch had already taken when it was broken off.
+    """
+
+    def __init__(self, result, cfg, prefix, folder):
         super().__init__()
         self.result, self.cfg, self.prefix, self.folder = result, cfg, prefix, folder
-        self.steps_per_epoch = steps_per_epoch
-        self.step_s = []
+        self.compile_s_before = result.compile_s or 0.0  # of the processes before this one
+        self.step_s, self.first_steps, self.epoch_s_before = [], [], 0.0
+
+    def begin_segment(self, first_step_s):
+        """Tells that the next step is the first with this selection, and what the measured one before it took."""
+        self.first_steps.append((first_step_s, len(self.step_s)))
+
+    def compile_s(self):
+        """Returns the seconds of all first steps so far beyond median ones."""
+        if not self.step_s:
+            return self.compile_s_before
+        step_s = statistics.median(self.step_s)
+        firsts = [first_s for first_s, _ in self.first_steps] + [self.step_s[i] for _, i in self.first_steps if i < len(self.step_s)]
+        return self.compile_s_before + sum(max(0.0, first_s - step_s) for first_s in firsts)
+
+    def seconds_so_far(self):
+        """Returns what the running epoch has taken, without evaluation and checkpoints."""
+        return self.epoch_s_before + time.perf_counter() - self.epoch_start - self.left_out_s
+
+    def leave_out(self, seconds):
+        """Takes seconds out of the running epoch's account."""
+        self.left_out_s += seconds
 
     def on_epoch_begin(self, epoch, logs=None):
         self.epoch_start = time.perf_counter()
-        self.evaluation_s = 0.0
+        self.left_out_s = 0.0
 
     def on_train_batch_begin(self, batch, logs=None):
         self.step_start = time.perf_counter()
@@ -297,13 +392,15 @@ class EpochClock(keras.callbacks.Callback):
         self.test_start = time.perf_counter()
 
     def on_test_end(self, logs=None):
-        self.evaluation_s = time.perf_counter() - self.test_start
+        evaluation_s = time.perf_counter() - self.test_start
+        self.result.eval_s += evaluation_s
+        self.leave_out(evaluation_s)
 
     def on_epoch_end(self, epoch, logs=None):
         if self.result.status == "diverged":
             return
-        seconds = time.perf_counter() - self.epoch_start - self.evaluation_s
-        self.result.eval_s += self.evaluation_s
+        seconds = self.seconds_so_far()
+        self.epoch_s_before = 0.0
         row = {
             "epoch": epoch + 1,
             "train_loss": logs["loss"],
@@ -357,15 +454,16 @@ class BestEpoch(keras.callbacks.Callback):
 class StopWhenDiverged(keras.callbacks.Callback):
     """Stops at the first step whose mean loss so far is no number."""
 
-    def __init__(self, result):
+    def __init__(self, result, steps_per_epoch):
         super().__init__()
-        self.result = result
+        self.result, self.steps_per_epoch = result, steps_per_epoch
 
     def on_train_batch_end(self, batch, logs=None):
         if not math.isfinite(logs["loss"]):
+            step = self.steps_per_epoch - self.params["steps"] + batch + 1  # `fit` may have begun within the epoch
             self.result.status = "diverged"
             self.result.advice = (
-                f"the loss must stay finite. Received: {logs['loss']} in epoch {self.epoch}, step {batch + 1}; "
+                f"the loss must stay finite. Received: {logs['loss']} in epoch {self.epoch}, step {step}; "
                 "try a lower --learning_rate, or --global_clipnorm 1."
             )
             self.model.stop_training = True

@@ -56,7 +56,7 @@ class Data:
     _row: object = field(repr=False)  # data.Dataset
     _cfg: object = field(repr=False)
 
-    def train_batches(self, first_epoch, num_epochs):
+    def train_batches(self, first_epoch, num_epochs, first_step=0):
         """Returns the training batches of the epochs `first_epoch` to `num_epochs` - 1.
 
         Every epoch shuffles anew and drops its last, partial batch: all batches have
@@ -65,9 +65,11 @@ class Data:
         Args:
             first_epoch: int, from 0.
             num_epochs: int. The epoch to stop before.
+            first_step: int. Batches of the first epoch that are left out, undecoded.
 
         Returns:
-            tf.data.Dataset of (num_epochs - first_epoch) * steps_per_epoch batches.
+            tf.data.Dataset of (num_epochs - first_epoch) * steps_per_epoch - first_step
+            batches.
         """
         cfg, row = self._cfg, self._row
         records = self._train_records
@@ -75,14 +77,15 @@ class Data:
         buffer = _shuffle_buffer(*self._size("train"))
         epochs = np.arange(first_epoch, num_epochs, dtype=np.int64)
         shuffle_seeds = np.array([_shuffle_seed(cfg.seed, epoch) for epoch in epochs], np.int64)
+        left_out = np.where(epochs == first_epoch, first_step * self.batch_size, 0)
 
-        def one_epoch(epoch, shuffle_seed):
+        def one_epoch(epoch, shuffle_seed, left_out):
             # `shuffle` also mixes in the global seed. Set within this traced function, it
             # counts for the function alone, and what others seed no longer matters here.
             # Not 0: beside a global 0, TensorFlow compares the tensor seed as a Python bool.
             tf.random.set_seed(1)
             shuffled = records.shuffle(buffer, seed=shuffle_seed, reshuffle_each_iteration=False)
-            return shuffled.take(per_epoch).map(lambda *record: (epoch, *record))
+            return shuffled.take(per_epoch).skip(left_out).map(lambda *record: (epoch, *record))
 
         def decode(epoch, position, encoded, label):
             return decode_image(encoded, cfg.input_size), label, draw(cfg.seed, epoch, position)
@@ -93,14 +96,14 @@ class Data:
             return images, labels
 
         batches = (
-            tf.data.Dataset.from_tensor_slices((epochs, shuffle_seeds))
+            tf.data.Dataset.from_tensor_slices((epochs, shuffle_seeds, left_out))
             .flat_map(one_epoch)
             .map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
             .batch(self.batch_size, drop_remainder=True)
             .map(finish)
             .prefetch(2)
         )
-        count = len(epochs) * self.steps_per_epoch
+        count = len(epochs) * self.steps_per_epoch - first_step
         return batches.apply(tf.data.experimental.assert_cardinality(count))
 
     def validation_batches(self):

@@ -25,12 +25,11 @@ import logging
 import os
 import queue
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import threading
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +40,7 @@ from config import Config  # noqa: E402
 from data import DATASETS  # noqa: E402
 from errors import UsageError  # noqa: E402
 from models import BACKBONES  # noqa: E402
-from run_folder import decisive, write_whole  # noqa: E402
+from run_folder import decisive, differing_flags, finished_summary, recorded, write_whole  # noqa: E402
 from selection import ALIASES, SCHEMES  # noqa: E402
 
 ADABET_AND_BASELINES = (
@@ -265,37 +264,20 @@ def finished_records(log_dir):
 def _finished_record(folder):
     """Returns a run folder's config.json where its summary says done, else None."""
     try:
-        if json.loads((folder / "summary.json").read_text())["status"] == "done":
-            return json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # missing, cut short, or something else's
-    return None
+        return recorded(folder) if finished_summary(folder) else None
+    except UsageError:
+        return None  # something else's
 
 
 def is_finished(cfg, records):
     """Says whether one of the finished runs had the same flags, as far as they change results."""
-    return any(_same_flags(cfg, record) for record in records)
-
-
-def _same_flags(cfg, record):
-    plain = asdict(Config())  # a record from before a flag existed had its default
-    had = {field.name: record.get(field.name, plain[field.name]) for field in fields(Config)}
-    for key, value in decisive(asdict(cfg)).items():
-        if key == "bn_stats" and value == "auto":
-            pretrained = (record.get("weights_provenance") or {}).get("source") != "none"
-            value = had[key] and ("stored" if pretrained else "batch")  # None: nothing to normalise
-        if key == "num_classes" and value is None:
-            continue  # it only checks the data, whose count is recorded
-        if value != had[key]:
-            return False
-    return True
+    return any(not differing_flags(cfg, record) for record in records)
 
 
 def flags_to_go_on(run):
-    """Returns what main.py needs to take up a run that didn't finish, or makes way for a new start.
+    """Returns what main.py needs to take up a run that didn't finish.
 
-    Only ever called with the run locked. main.py can't resume yet, so an
-    unfinished folder of this very run is removed; a finished one never is.
+    Only ever called with the run locked.
 
     Raises:
         Finished: it has come to an end since the sweep looked.
@@ -304,8 +286,7 @@ def flags_to_go_on(run):
         return []
     if _finished_record(run.folder):
         raise Finished
-    shutil.rmtree(run.folder)
-    return []  # with --resume: return ["--resume"], and remove nothing
+    return ["--resume"]
 
 
 # ---------------------------------------------------------------- processes

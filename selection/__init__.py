@@ -9,6 +9,7 @@ Nothing here loads TensorFlow before a scheme runs.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from selection import controls, elastic, fisher, fixed, prunetrain, topology
 from selection.ranking import Selection
@@ -26,6 +27,8 @@ class Scheme:
             `batches(points, count)` gives batches of (images, labels).
         check: function (network, cfg, num_images), which raises UsageError for
             what the scheme can't work with, before anything is written.
+        take_up: function (network, batches, cfg, Selection) -> Selection, which gives
+            one that was read from a checkpoint its functions back.
         reads: frozenset of str. The flags of selection that it reads.
         rho: float. Default of `--rho`, for schemes that read it.
         learning_rate: float. Default of `--learning_rate`.
@@ -37,6 +40,7 @@ class Scheme:
     reads: frozenset
     learning_rate: float
     rho: float = 0.1
+    take_up: Callable = lambda network, batches, cfg, selection: selection
 
 
 # Flags that some schemes don't read: those warn of them, and record null.
@@ -53,8 +57,9 @@ def _topology(select, help):
     return Scheme(help, select, topology.check, _RANKING | {"betti_points"}, learning_rate=1e-2)
 
 
-def _elastic(select, help):
-    return Scheme(help, select, elastic.check, _ELASTIC, learning_rate=1e-2, rho=0.533)
+def _elastic(select, importance, help):
+    take_up = partial(elastic.take_up, importance=importance)
+    return Scheme(help, select, elastic.check, _ELASTIC, learning_rate=1e-2, rho=0.533, take_up=take_up)
 
 
 def _control(select, help):
@@ -88,13 +93,15 @@ SCHEMES = {
         learning_rate=1e-2,
     ),
     "elastic_training": _elastic(
-        elastic.by_update, "ElasticTrainer: weights by importance and time, re-selected; rho is a share of time"
+        elastic.by_update,
+        elastic.update_importance,
+        "ElasticTrainer: weights by importance and time, re-selected; rho is a share of time",
     ),
     "elastic_training_weight_magnitude": _elastic(
-        elastic.by_weight_magnitude, "the same, importance being the weights' magnitude"
+        elastic.by_weight_magnitude, elastic.weight_magnitude, "the same, importance being the weights' magnitude"
     ),
     "elastic_training_grad_magnitude": _elastic(
-        elastic.by_gradient_magnitude, "the same, importance being the gradients' magnitude"
+        elastic.by_gradient_magnitude, elastic.gradient_magnitude, "the same, importance being the gradients' magnitude"
     ),
     "prunetrain": Scheme(
         "PruneTrain: every weight, under group lasso; emptied channels are pruned",
@@ -102,6 +109,7 @@ SCHEMES = {
         fixed.check_eligible,
         frozenset({"interval", "exclude_layers"}),
         learning_rate=1e-3,
+        take_up=prunetrain.take_up,
     ),
     "random_layers": _control(controls.at_random, "control: rho of the layers, at random by --seed"),
     "last_layers": _control(controls.nearest_the_output, "control: the rho of the layers nearest the output"),

@@ -10,14 +10,14 @@ The head, being new, always trains; its time comes out of the budget first.
 
 import contextlib
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 
 from errors import RunError, UsageError
 from selection.backward_budget import backward_share, backward_time, most_important
 from selection.ranking import eligible_paths, select_weights
-from selection.timing import cache_folder, gradient_function, seconds_of, tensors, timings, training_pass
+from selection.timing import Timings, cache_folder, gradient_function, seconds_of, tensors, timings, training_pass
 
 log = logging.getLogger("adabet")
 
@@ -113,11 +113,40 @@ def _gradient_pass(network):
         yield gradient_function(network, tensors(network))
 
 
+def take_up(network, batches, cfg, selection, importance):
+    """Lets a selection from a checkpoint be asked again, by the times that it was made with.
+
+    Args:
+        network: models.Network.
+        batches: see `selection.Scheme`.
+        cfg: Config.
+        selection: Selection.
+        importance: function, as for the scheme that made it.
+    """
+    images, labels = next(iter(batches(cfg.batch_size, 1)))
+    cost = Timings(**selection.files["timings.json"])
+    ratios = [tuple(ratio) for ratio in selection.state["ratios"]]
+    choose = _chooser(network, images, labels, cost, cfg, importance, ratios)
+    return replace(selection, again=choose, facts=lambda: _achieved(ratios))
+
+
 def _select(network, batches, cfg, importance):
     images, labels = next(iter(batches(cfg.batch_size, 1)))
     cost = timings(network, cfg, int(images.shape[0]))
+    return _chooser(network, images, labels, cost, cfg, importance, [])(0)
+
+
+def _chooser(network, images, labels, cost, cfg, importance, ratios):
+    """Returns the function (epoch, from 0) -> Selection.
+
+    Args:
+        network, cfg, importance: as in `take_up`.
+        images, labels: the batch that all choices look at.
+        cost: selection.timing.Timings.
+        ratios: list of (epochs that a choice is for, ratio predicted, ratio measured), one
+            a choice so far; grows.
+    """
     full = training_pass(network, [weight.path for weight in tensors(network)])
-    ratios = []  # of each choice so far: epochs that it is for, ratio predicted, ratio measured
 
     def choose(epoch):
         worth = importance(network, images, labels, cfg, epoch)
@@ -142,10 +171,11 @@ def _select(network, batches, cfg, importance):
             details={"tensors": rows},
             files={"timings.json": asdict(cost)},
             facts=lambda: _achieved(ratios),
+            state={"ratios": list(ratios)},
             again=choose,
         )
 
-    return choose(0)
+    return choose
 
 
 def affordable(network, worth, cost, cfg):

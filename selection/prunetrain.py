@@ -63,34 +63,57 @@ def prunetrain(network, batches, cfg):
     groups = channel_groups(network, set(all_weights.trained_weights))
     coefficient = penalty_coefficient(network, groups, *next(iter(batches(cfg.batch_size, 1))))
     log.info("Group lasso over %d channels, coefficient %.3e", sum(g.largest.size for g in groups), coefficient)
-    penalties = {group.kernel.path: _penalty(group, coefficient) for group in groups}
+    return _pruned(network, all_weights, groups, coefficient, {})
 
-    def at_start():
-        return replace(
-            all_weights,
-            penalties=penalties,
-            again=prune,
-            facts=lambda: _pruned_facts(network, groups),
-            details={"penalty_coefficient": coefficient, "pruned_channels": {}},
-        )
 
-    def prune(epoch):
-        constraints, counts = {}, {}
-        for group in groups:
-            alive = group.largest >= THRESHOLD
-            if alive.all():
-                continue
-            if not alive.any():
-                log.warning("All channels of %s are pruned: without a branch around it, nothing passes.", group.candidate.path)
-            counts[group.candidate.path] = int((~alive).sum())
+def take_up(network, batches, cfg, selection):
+    """Gives a selection from a checkpoint its penalties and constraints, and lets it prune on."""
+    groups = channel_groups(network, set(selection.trained_weights))
+    return _pruned(network, selection, groups, selection.details["penalty_coefficient"], selection.state["pruned"])
+
+
+def _pruned(network, selection, groups, coefficient, pruned):
+    """Returns a selection under group lasso, whose pruned channels stay zero.
+
+    Args:
+        network: models.Network.
+        selection: Selection. Which weights train.
+        groups: list of Groups.
+        coefficient: float, of the penalty.
+        pruned: dict from layer path to the numbers of its pruned channels, counted
+            through where several axes number them.
+    """
+    constraints = {}
+    for group in groups:
+        if group.candidate.path in pruned:
+            alive = np.ones(group.largest.shape, bool)
+            alive.flat[pruned[group.candidate.path]] = False
             constraints[group.kernel.path] = _zeroing(np.expand_dims(alive, group.others))
             for weight in group.companions:
                 constraints[weight.path] = _zeroing(alive.reshape(weight.shape))
-        log.info("Pruned so far: %d of %d channels", sum(counts.values()), sum(g.largest.size for g in groups))
-        details = {"penalty_coefficient": coefficient, "pruned_channels": counts}
-        return replace(at_start(), constraints=constraints, details=details)
 
-    return at_start()
+    def prune(epoch):
+        now, channels = {}, 0
+        for group in groups:
+            alive = group.largest >= THRESHOLD
+            channels += alive.size
+            if not alive.all():
+                now[group.candidate.path] = np.flatnonzero(~alive).tolist()
+            if not alive.any():
+                log.warning("All channels of %s are pruned: without a branch around it, nothing passes.", group.candidate.path)
+        log.info("Pruned so far: %d of %d channels", sum(map(len, now.values())), channels)
+        return _pruned(network, selection, groups, coefficient, now)
+
+    counts = {path: len(channels) for path, channels in pruned.items()}
+    return replace(
+        selection,
+        penalties={group.kernel.path: _penalty(group, coefficient) for group in groups},
+        constraints=constraints,
+        details={"penalty_coefficient": coefficient, "pruned_channels": counts},
+        state={"pruned": pruned},
+        again=prune,
+        facts=lambda: _pruned_facts(network, groups),
+    )
 
 
 def channel_groups(network, trained_weights):

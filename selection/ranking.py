@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
@@ -34,6 +34,8 @@ class Selection:
             holds from the first epoch of this selection on, after every step.
         facts: function () -> dict, or None. Entries for summary.json, as they
             stand when it is called; names from `report.SCHEME_FACTS`.
+        state: dict, JSON-ready. What the scheme needs to give the functions back to
+            a selection that was read from a checkpoint.
     """
 
     trained_weights: tuple
@@ -48,6 +50,20 @@ class Selection:
     penalties: dict = field(default_factory=dict)
     constraints: dict = field(default_factory=dict)
     facts: Callable | None = None
+    state: dict = field(default_factory=dict)
+
+    def plain(self):
+        """Returns all but the functions, as a JSON-ready dict."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _FUNCTIONS}
+
+    @classmethod
+    def from_plain(cls, record):
+        """Returns the Selection of such a dict, without functions."""
+        tuples = {name: tuple(record[name]) for name in ("trained_weights", "selected")}
+        return cls(**{**record, **tuples})
+
+
+_FUNCTIONS = {"again", "penalties", "constraints", "facts"}
 
 
 def layer_budget(rho, num_layers):

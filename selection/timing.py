@@ -19,6 +19,7 @@ import math
 import os
 import platform
 import time
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -260,10 +261,16 @@ def _conditions(network, cfg, batch_size):
 
 
 def _read(file, conditions):
-    """Returns the Timings in a cache file; None where there are none of these conditions."""
+    """Returns the Timings in a cache file; None where there are none of these conditions, or the file is damaged."""
     try:
-        checksum, _, text = file.read_text(encoding="utf-8").partition("\n")
-    except (OSError, ValueError):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if record["crc32"] != _checksum(record["timings"]):
+            raise ValueError("its checksum doesn't fit")
+        found = Timings(**record["timings"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        log.warning("The timings in %s are damaged (%s): measuring anew.", file, error)
         return None
     if checksum != _checksum(text):  # cut short, or with a flipped bit: they are measured anew
         return None
@@ -271,8 +278,8 @@ def _read(file, conditions):
     return found if found.conditions == conditions else None
 
 
-def _checksum(text):
-    return hashlib.sha256(text.encode()).hexdigest()
+def _checksum(record):
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
 def _write(file, found):
@@ -280,7 +287,7 @@ def _write(file, found):
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(asdict(found), indent=1) + "\n"
-        write_whole(file, f"{_checksum(text)}\n{text}")
+        record = asdict(found)
+        write_whole(file, json.dumps({"crc32": _checksum(record), "timings": record}, indent=1) + "\n")
     except OSError as error:
         log.warning("The timings can't be kept in %s (%s): the next run measures anew.", file.parent, error)

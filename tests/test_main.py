@@ -24,7 +24,7 @@ from selection import SCHEMES
 ROOT = Path(__file__).parent.parent
 SUMMARY = (
     "status model_name dataset_name train_type rho seed protocol weights accuracy val_accuracy epochs best_epoch "
-    "selection_s compile_s train_s epoch_s eval_s peak_memory_bytes_measured selection_peak_memory_bytes peak_rss_bytes "
+    "selection_s compile_s train_s epoch_s eval_s checkpoint_s peak_memory_bytes_measured selection_peak_memory_bytes peak_rss_bytes "
     "memory_device peak_memory_bytes_estimated memory_mb_published_convention num_trained_layers num_trained_weights "
     "num_weights num_layers earliest_trained_layer rho_achieved_predicted rho_achieved_measured channels channels_pruned "
     "flops_remaining memory_budget_mb budget_next_layer budget_next_bytes_estimated stayed_at_chance skipped_images"

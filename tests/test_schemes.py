@@ -91,12 +91,16 @@ def values_of(network):
 @pytest.fixture
 def segments(monkeypatch):
     """Notes, for each segment of training, the weights before it, after it, and which should have moved."""
-    noted = []
+    noted, before = [], []
 
-    def note(network, trained_weights, before):
-        noted.append((before, values_of(network), set(trained_weights)))
+    def keep(network):
+        before.append(values_of(network))
+        return {}
 
-    monkeypatch.setattr(train, "checksums", values_of)
+    def note(network, trained_weights, checksums):
+        noted.append((before[-1], values_of(network), set(trained_weights)))
+
+    monkeypatch.setattr(train, "checksums", keep)
     monkeypatch.setattr(train, "check_what_moved", note)
     return noted
 

@@ -42,7 +42,7 @@ if cfg.prepare_only:
 if str(cfg.seed) in seeds("fail"):
     sys.exit("first line\\nError: the disk is full")
 folder = Path(cfg.log_dir) / cfg.run_name
-folder.mkdir(parents=True)
+folder.mkdir(parents=True, exist_ok=cfg.resume)
 (folder / "config.json").write_text(json.dumps({{**asdict(cfg), "weights_provenance": {{"source": "none"}}, "bn_stats": "batch", "num_classes": 10}}))
 if str(cfg.seed) in seeds("hang"):
     def interrupted(*_):
@@ -225,13 +225,15 @@ def test_a_data_set_that_cannot_be_had_fails_its_runs_alone(bench, capsys):
     assert {failure["last_line"] for failure in failures.values()} == {"Error: lost can't be had"}
 
 
-def test_only_unfinished_folders_make_way(bench):
+def test_only_unfinished_runs_are_gone_on_with(bench):
     assert bench.sweep() == 0
     first, second = [bench.logs / name for name in bench.folders()]
+    consoles = [bench.logs / "sweep" / f"{folder.name}.log" for folder in (first, second)]
     (first / "summary.json").unlink()  # as after SIGKILL
     before = {path: path.stat().st_mtime_ns for path in second.rglob("*")}
     assert bench.sweep() == 0 and bench.calls == ["0", "1", "0"]
     assert before == {path: path.stat().st_mtime_ns for path in second.rglob("*")}
+    assert ["--resume" in console.read_text().splitlines()[0] for console in consoles] == [True, False]
 
 
 def test_the_same_flags_are_recognised_whatever_the_folder_is_called(bench):

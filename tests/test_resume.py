@@ -1,0 +1,291 @@
+"""Runs that are cut off and gone on with: they end like runs that were left alone."""
+
+import fcntl
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from benchmarks import kills
+from test_main import assemble_tiny
+
+import checkpoint
+import models
+import train
+from main import main
+from models import weights
+from selection import timing, topology
+
+ROOT = Path(__file__).parent.parent
+# 160 images, 144 of them for training: 9 steps an epoch, and 1 of evaluation.
+FEW = "--limit_train 160 --limit_test 40 --batch_size 16 --num_epochs 2 --save_model".split()
+ON_STEP, ON_TEST, ON_EPOCH = "on_train_batch_end", "on_test_batch_end", "on_epoch_end"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_network(tmp_path_factory):
+    """Gives main() a tiny network in place of the backbone, and a cache of timings of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "assemble", assemble_tiny)
+        patch.setattr(weights, "load", lambda backbone, cfg: {"source": "none"})
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def run(tmp_path, data_dir):
+    """Runs main() with few images under a name in tmp_path."""
+    return lambda name, *argv: main([*FEW, "--data_dir", data_dir, "--log_dir", str(tmp_path), "--run_name", name, *argv])
+
+
+def resume(folder, *argv):
+    return main(["--resume", str(folder), *argv])
+
+
+def at(owner, name, count, what, monkeypatch):
+    """Calls `what` when a function is reached for the count-th time."""
+    before, met = getattr(owner, name), []
+
+    def hooked(*args, **kwargs):
+        met.append(name)
+        if len(met) == count:
+            what()
+        return before(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, hooked)
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def status(folder):
+    return json.loads((folder / "summary.json").read_text())["status"]
+
+
+# ---------------------------------------------------------------- it goes on exactly
+
+# Where a run is ended, and each time it has gone on.
+CHAIN = [
+    (checkpoint.Checkpointer, ON_STEP, 4),
+    (checkpoint.Checkpointer, ON_EPOCH, 1),
+    (train, "reselect", 1),
+    (checkpoint.Checkpointer, ON_STEP, 9),  # the last of the epoch
+    (checkpoint.Checkpointer, ON_TEST, 1),
+]
+SCHEMES = {
+    "elastic_training": ["--interval", "1", "--rho", "0.9", "--timing", "measured"],
+    "prunetrain": ["--interval", "1", "--optimizer", "adam", "--checkpoint_minutes", "0"],
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_run_that_is_ended_again_and_again_ends_like_one_that_was_not(scheme, run, tmp_path, monkeypatch, capsys):
+    flags = ["--train_type", scheme, *SCHEMES[scheme]]
+    assert run("alone", *flags) == 0
+    with monkeypatch.context() as patch:
+        at(*CHAIN[0], terminate, patch)
+        assert run("run", *flags) == 143
+    # What was measured is in the run folder.
+    monkeypatch.setattr(timing, "_known", {})
+    monkeypatch.setattr(timing, "measured", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
+    for moment in CHAIN[1:]:
+        assert status(tmp_path / "run") == "interrupted"
+        with monkeypatch.context() as patch:
+            at(*moment, terminate, patch)
+            assert resume(tmp_path / "run") == 143
+    assert resume(tmp_path / "run") == 0
+    assert kills.compare(tmp_path / "alone", tmp_path / "run") == []
+    places = re.findall(r"Goes on after epoch (\d), step (\d)", capsys.readouterr().err)
+    assert places == [("0", "4"), ("1", "0"), ("1", "0"), ("1", "9"), ("1", "9")]
+
+
+def test_runs_killed_in_processes_of_their_own_end_like_one_left_alone(tmp_path, data_dir, capsys):
+    settings = {"act_norm_betti_train": [*FEW, "--data_dir", data_dir, "--checkpoint_minutes", "0"]}
+    program = [str(ROOT / "tests" / "tiny_main.py")]
+    assert kills.kill_and_compare(settings, 2, 0, tmp_path, program, ("training", "saving")) == 0, capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- --resume
+
+
+@pytest.fixture(scope="module")
+def cut_off(tmp_path_factory, data_dir, tiny_network):
+    """A folder with a run that was left alone, and one that was ended in its second epoch."""
+    logs = tmp_path_factory.mktemp("logs")
+    flags = [*FEW, "--train_type", "last_layers", "--rho", "0.34", "--checkpoint_minutes", "0", "--data_dir", data_dir]
+    assert main([*flags, "--log_dir", str(logs), "--run_name", "alone"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        at(checkpoint.Checkpointer, ON_STEP, 12, terminate, patch)
+        assert main([*flags, "--log_dir", str(logs), "--run_name", "run"]) == 143
+    return logs
+
+
+@pytest.fixture
+def logs(cut_off, tmp_path):
+    return Path(shutil.copytree(cut_off, tmp_path / "logs"))
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "log.txt"}
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--resume", "{run}", "--learning_rate", "0.5"], "--learning_rate 0.5 (was 0.01)"),
+        (["--resume", "--log_dir", "{logs}", "--run_name", "run", "--seed", "1", "--batch_size", "8"], "--batch_size 8 (was 16), --seed 1"),
+        (["--resume", "{run}", "--run_name", "other"], "leave these out"),
+        (["--resume", "{logs}/none"], "no such folder"),
+        (["--resume", "{logs}"], "with its config.json"),
+        (["--resume"], "--run_name"),
+        (["--resume", "{run}", "--list_layers"], "--list_layers"),
+        (["--log_dir", "{logs}", "--run_name", "run"], "--resume"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_gone_on_with_is_refused_by_name(argv, says, logs, capsys):
+    before = files_of(logs)
+    assert main([word.format(logs=logs, run=logs / "run") for word in argv]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line and files_of(logs) == before
+
+
+def test_flags_that_change_no_result_are_taken_and_a_finished_run_is_left_as_it_is(logs, capsys):
+    flags = ["--log_dir", str(logs), "--run_name", "run", "--resume", "--debug", "--checkpoint_minutes", "5", "--save_txt"]
+    assert main(flags) == 0
+    assert kills.compare(logs / "alone", logs / "run") == [] and (logs / "run.txt").exists()
+    capsys.readouterr()
+    before = files_of(logs)
+    assert resume(logs / "run") == 0
+    out, err = capsys.readouterr()
+    assert "is finished" in err and "Accuracy (%)" in out and files_of(logs) == before
+
+
+def test_another_version_of_a_library_is_refused_by_name(logs, capsys):
+    config = json.loads((logs / "run" / "config.json").read_text())
+    config["versions"]["numpy"] = "1.0"
+    (logs / "run" / "config.json").write_text(json.dumps(config))
+    assert resume(logs / "run") == 2
+    assert "where it was 1.0" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_without_a_checkpoint_starts_over_in_its_folder(logs, run, capsys):
+    shutil.rmtree(logs / "run" / "checkpoint")
+    assert resume(logs / "run") == 0
+    assert kills.compare(logs / "alone", logs / "run") == [] and "Goes on" not in capsys.readouterr().err
+    assert run("new", "--resume", "--select_only") == 0  # a script need not know whether it has begun
+
+
+# ---------------------------------------------------------------- signals
+
+
+def test_a_signal_during_the_selection_ends_it_with_a_summary(run, tmp_path, monkeypatch, capsys):
+    at(topology, "betti_1_of_each", 2, terminate, monkeypatch)
+    assert run("run") == 143
+    assert status(tmp_path / "run") == "interrupted" and "--resume" in capsys.readouterr().err
+
+
+def test_the_second_sigint_ends_at_once_even_within_a_long_operation():
+    code = """
+import hashlib, os, signal, threading, interruption
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with interruption.handled():
+    interruption.hold()
+    def again_and_again():
+        while True:
+            os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=again_and_again, daemon=True).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2 * 10**9)  # an hour without a bytecode
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 130
+
+
+# ---------------------------------------------------------------- faults
+
+
+def test_damaged_checkpoints_are_told_and_the_one_before_is_used(logs, capsys):
+    _, before, last = sorted((logs / "run" / "checkpoint").iterdir())
+    last.write_bytes(last.read_bytes()[:-100])
+    spoilt = bytearray(before.read_bytes())
+    spoilt[len(spoilt) // 3] ^= 4
+    before.write_bytes(spoilt)
+    assert resume(logs / "run") == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "is damaged" in line or "Goes on" in line]
+    assert [last.name in told[0], before.name in told[1], told[2]] == [True, True, "Goes on after epoch 0, step 0"]
+    assert kills.compare(logs / "alone", logs / "run") == []
+
+
+def test_a_full_disk_costs_no_more_than_what_did_not_fit(logs, monkeypatch, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = set((logs / "run" / "checkpoint").iterdir())
+    with monkeypatch.context() as patch:
+        at(checkpoint.Checkpointer, ON_STEP, 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1])), patch)
+        try:
+            assert resume(logs / "run") == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("Error: the disk must have room") and "--resume" in last
+    assert len(set((logs / "run" / "checkpoint").iterdir())) == len(before) == 3
+    assert resume(logs / "run") == 0
+    assert kills.compare(logs / "alone", logs / "run") == []
+
+
+def test_a_run_folder_that_goes_is_told(logs, monkeypatch, capsys):
+    at(checkpoint.Checkpointer, ON_EPOCH, 1, lambda: shutil.rmtree(logs / "run"), monkeypatch)
+    assert resume(logs / "run") == 1
+    assert "which is gone" in capsys.readouterr().err.splitlines()[-1] and not (logs / "run").exists()
+
+
+def test_a_second_process_at_one_run_is_refused(logs, capsys):
+    with open(logs / "run" / "log.txt", "a") as theirs:
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        assert resume(logs / "run") == 2
+    assert "another process" in capsys.readouterr().err
+
+
+def test_data_that_go_are_named_and_can_come_back(run, tmp_path, monkeypatch, capsys):
+    images = tmp_path / "images"
+    rng = np.random.default_rng(0)
+    for split, kind, number in [(s, k, n) for s in ("train", "test") for k in ("cat", "dog") for n in range(40)]:
+        (images / split / kind).mkdir(parents=True, exist_ok=True)
+        keras.utils.save_img(images / split / kind / f"{number}.png", rng.integers(0, 255, (8, 8, 3)), scale=False)
+    lost = images / "test" / "cat" / "7.png"
+    flags = ["--dataset_name", "image_folder", "--image_dir", str(images), "--input_size", "32", "--limit_train", "64"]
+    flags += ["--train_type", "last_layers"]
+    with monkeypatch.context() as patch:
+        at(checkpoint.Checkpointer, ON_EPOCH, 2, lambda: lost.rename(tmp_path / "elsewhere"), patch)
+        assert run("run", *flags, "--limit_test", "80") == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"{lost}, which is gone" in last and status(tmp_path / "run") == "failed"
+    (tmp_path / "elsewhere").rename(lost)
+    assert resume(tmp_path / "run") == 0 and status(tmp_path / "run") == "done"
+
+
+def test_running_out_of_memory_tells_what_would_fit(tmp_path, data_dir):
+    command = [sys.executable, str(ROOT / "tests" / "tiny_main.py"), *FEW, "--train_type", "full_training", "--input_size", "512",
+               "--batch_size", "64", "--data_dir", data_dir, "--log_dir", str(tmp_path), "--run_name", "run"]  # fmt: skip
+    limited = {**os.environ, "TF_CPU_BFC_MEM_LIMIT_IN_MB": "700"}
+    found = subprocess.run(command, capture_output=True, text=True, env=limited)
+    last = found.stderr.splitlines()[-1]
+    assert found.returncode == 1 and "out of memory: a training step on 64 images" in last, found.stderr
+    assert int(re.search(r"--batch_size (\d+), estimated", last)[1]) in (4, 8, 16, 32)
+    assert status(tmp_path / "run") == "failed" and (tmp_path / "run" / "selection.json").exists()
+
+
+def test_timings_that_were_damaged_are_measured_anew(tmp_path, caplog):
+    cost = timing.Timings("measured", "s", 1.0, 2.0, {"a": 0.5}, {"a": 0.25}, {"host": "here"})
+    file = tmp_path / "timings.json"
+    timing._write(file, cost)
+    assert timing._read(file, cost.conditions) == cost
+    file.write_text(file.read_text().replace("0.5", "0.7"))
+    assert timing._read(file, cost.conditions) is None
