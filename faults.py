@@ -86,17 +86,19 @@ def _out_of_memory(error, situation):
     import tensorflow as tf
 
     import runtime
-    from memory import estimate
+    from memory import budget, estimate
 
-    cfg, model = situation.cfg, situation.network.model
+    cfg, network = situation.cfg, situation.network
+    training = [weight.path for weight in network.trainable_weights if weight.trainable]
     reads = SCHEMES[cfg.train_type].reads
     selecting = situation.selection is None
     flag, images = ("--betti_points", cfg.betti_points) if selecting and "betti_points" in reads else ("--batch_size", None)
     images = images or situation.batch_size
-    of = estimate.of_inference if selecting else estimate.of_training
 
     def needs(images):
-        return of(model, (images, *model.inputs[0].shape[1:])).bytes
+        if selecting:
+            return estimate.of_inference(network.model, (images, *network.model.inputs[0].shape[1:])).bytes
+        return budget.peak_bytes(network, training, cfg, images)  # compiled anew for each size: a trace has one
 
     # What the allocator held when it could get no more: that much there is.
     had = tf.config.experimental.get_memory_info(runtime.device())["peak"]
