@@ -62,8 +62,8 @@ def _elastic(select, importance, help):
     return Scheme(help, select, elastic.check, _ELASTIC, learning_rate=1e-2, rho=0.533, take_up=take_up)
 
 
-def _control(select, help):
-    return Scheme(help, select, fixed.check_eligible, _CONTROL, learning_rate=1e-2)
+def _control(select, help, learning_rate):
+    return Scheme(help, select, fixed.check_eligible, _CONTROL, learning_rate)
 
 
 SCHEMES = {
@@ -73,7 +73,7 @@ SCHEMES = {
     "betti_train": _topology(topology.by_count, "the top rho by b1"),
     "weight_norm_betti_train": _topology(topology.by_num_weights, "the top rho by b1 / number of weights"),
     "full_training": Scheme(
-        "every weight", fixed.everything, fixed.check_eligible, frozenset({"exclude_layers"}), learning_rate=1e-3
+        "every weight", fixed.everything, fixed.check_eligible, frozenset({"exclude_layers"}), learning_rate=1e-2
     ),
     "traditional_tl_training": Scheme(
         "the head alone", fixed.head_only, fixed.check_nothing, frozenset(), learning_rate=1e-2
@@ -108,13 +108,13 @@ SCHEMES = {
         prunetrain.prunetrain,
         fixed.check_eligible,
         frozenset({"interval", "exclude_layers"}),
-        learning_rate=1e-3,
+        learning_rate=1e-2,
         take_up=prunetrain.take_up,
     ),
-    "random_layers": _control(controls.at_random, "control: rho of the layers, at random by --seed"),
-    "last_layers": _control(controls.nearest_the_output, "control: the rho of the layers nearest the output"),
+    "random_layers": _control(controls.at_random, "control: rho of the layers, at random by --seed", 3e-2),
+    "last_layers": _control(controls.nearest_the_output, "control: the rho of the layers nearest the output", 3e-2),
     "smallest_activations": _control(
-        controls.smallest_activation, "control: the rho of the layers with the smallest activations"
+        controls.smallest_activation, "control: the rho of the layers with the smallest activations", 1e-2
     ),
     "listed_layers": Scheme(
         "the layers of --layers",

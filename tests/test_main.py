@@ -402,5 +402,5 @@ def test_booleans(written, meant):
 def test_defaults_stand_in_the_tables():
     assert flags.parse(["--train_type", "bettitrain"]).train_type == "act_norm_betti_train"
     photos = flags.parse(["--dataset_name", "flowers102", "--train_type", "full_training"])
-    assert (photos.input_size, photos.num_epochs, photos.rho, photos.learning_rate) == (224, 40, None, 1e-3)
+    assert (photos.input_size, photos.num_epochs, photos.rho, photos.learning_rate) == (224, 40, None, 1e-2)
     assert flags.parse([]).rho == 0.1
