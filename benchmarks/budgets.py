@@ -45,7 +45,7 @@ def main(argv=None):
             missed += ratio > TOLERANCE
             following = summary["budget_next_layer"] or "none"
             if summary["budget_next_bytes_estimated"]:
-                following += f" {summary['next_layer_estimated_bytes'] / MB:.1f}"
+                following += f" {summary['budget_next_bytes_estimated'] / MB:.1f}"
             print(
                 f"{model:<12} {budget:>8.1f} {summary['peak_memory_bytes_estimated'] / MB:>9.1f} "
                 f"{summary['peak_memory_bytes_measured'] / MB:>8.1f}  {ratio:.3f}  {summary['num_selected']:>6}  {following}",
