@@ -141,8 +141,9 @@ def settled(cloud, squared, noise=None, pool=None, num_parts=1):
         sample = unsure[:: len(unsure) // _SAMPLE]
         estimates = values[sample]
         sum_again(sample)
-        seen = np.abs(estimates / values[sample] - 1).max()
-        error = np.minimum(error, _MARGIN * seen) if np.isfinite(seen) else error
+        apart = values[sample] > 0  # points that are one have no relative error
+        seen = np.abs(estimates[apart] / values[sample][apart] - 1).max(initial=0)
+        error = np.minimum(error, _MARGIN * seen)
         error[sample] = 0
         unsure = np.setdiff1d(_in_doubt(values, error), sample, assume_unique=True)
     sum_again(unsure)
