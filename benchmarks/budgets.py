@@ -48,7 +48,7 @@ def main(argv=None):
                 following += f" {summary['budget_next_bytes_estimated'] / MB:.1f}"
             print(
                 f"{model:<12} {budget:>8.1f} {summary['peak_memory_bytes_estimated'] / MB:>9.1f} "
-                f"{summary['peak_memory_bytes_measured'] / MB:>8.1f}  {ratio:.3f}  {summary['num_selected']:>6}  {following}",
+                f"{summary['peak_memory_bytes_measured'] / MB:>8.1f}  {ratio:.3f}  {summary['num_trained_layers']:>6}  {following}",
                 flush=True,
             )
     return int(missed > 0)
