@@ -81,5 +81,24 @@ def fit(network, selection, cfg, batch_size):
 def peak_bytes(network, trained_weights, cfg, batch_size):
     """Returns the estimated peak of a training step in bytes; leaves the network frozen so."""
     freeze(network, trained_weights)
-    compile_model(network.model, make_optimizer(cfg, total_steps=1))
-    return estimate.of_training(network.model, (batch_size, *network.model.inputs[0].shape[1:])).bytes
+    optimizer = make_optimizer(cfg, total_steps=1)
+    compile_model(network.model, optimizer)
+    try:
+        return estimate.of_training(network.model, (batch_size, *network.model.inputs[0].shape[1:])).bytes
+    finally:
+        _free(optimizer.variables)
+
+
+def _free(variables):
+    """Gives back the memory of variables that nothing will read again.
+
+    TensorFlow keeps a traced step's variables for as long as its graph, which may be
+    as long as the process: with a few estimates the slots would be in the way of the
+    very training that has to fit. A variable can't be deleted under a graph that
+    knows it, but it can be left empty.
+    """
+    import tensorflow as tf
+
+    for variable in variables:
+        empty = tf.zeros([0], variable.dtype)
+        tf.raw_ops.AssignVariableOp(resource=variable.value.handle, value=empty, validate_shape=False)
