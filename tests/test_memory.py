@@ -297,3 +297,16 @@ def test_the_figure_is_drawn_twice_with_the_published_numbers_beside(tmp_path, m
     text = figure.draw(Config(batch_size=8), str(tmp_path / "figure.png"))
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert len(text.splitlines()) == 1 + 4 * 3 + 2 and "777" in text and "ImageNet" in text
+
+
+def test_estimates_leave_no_slots_behind():
+    import tensorflow as tf
+
+    images = keras.Input((16, 16, 3))
+    wide = keras.layers.Dense(1000, name="wide")(keras.layers.Flatten()(images))
+    network = network_of(keras.Model(images, keras.layers.Dense(10, name="head")(wide)))
+    slot_bytes = 4 * 768 * 1000
+    before = tf.config.experimental.get_memory_info("CPU:0")["current"]
+    for _ in range(3):
+        budget.peak_bytes(network, [w.path for w in network.trainable_weights], Config(), batch_size=4)
+    assert tf.config.experimental.get_memory_info("CPU:0")["current"] - before < slot_bytes
