@@ -6,47 +6,20 @@ for that, so that no activation lives longer than in plain inference.
 """
 
 import contextlib
-import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 
-import keras
 import numpy as np
 import tensorflow as tf
 
 import runtime
 from models.batchnorm import statistics_kept
-from models.layers import watching
-from selection.distances import (
-    from_gram,
-    normalised_noise,
-    num_workers,
-    pairwise_distances,
-    settled,
-    sums_of_squares,
-)
+from models.layers import calls_replaced
+from selection.distances import from_gram, normalised_distances, num_workers, pairwise_distances
+from selection.normalisation import normalisations_behind
 
 # Columns that a device other than the CPU turns into double precision at a time.
 _DEVICE_BLOCK = 1 << 16
-
-# Channels have to come in multiples of this for their weights to fit SIMD lanes.
-_CHANNELS = 4
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """What a BatchNormalization does by its stored statistics, y = scale * (x - mean) + beta.
-
-    Attributes:
-        squared_scales: float32 array of shape (C,).
-        shift: float. Euclidean norm of scale * mean over the channels.
-        offset: float. The same of beta.
-    """
-
-    squared_scales: np.ndarray
-    shift: float
-    offset: float
-
 
 @contextlib.contextmanager
 def distance_pass(network):
@@ -66,9 +39,9 @@ def distance_pass(network):
     """
     on_cpu = runtime.device().startswith("CPU")
     with ThreadPoolExecutor(num_workers()) as pool:
-        # On a CPU NumPy sees the activation without a copy.
-        reduce = _reduction(_normalisations(network), pool, num_workers()) if on_cpu else _reduction_on_device
-        reduced_pass = tf.function(lambda images: _watched_pass(network, images, reduce), jit_compile=False)
+        reduce = _reduction_on_cpu(pool, num_workers()) if on_cpu else _reduction_on_device
+        normalisations = normalisations_behind(network) if on_cpu and _numpy_sees_tensors() else {}
+        reduced_pass = tf.function(partial(_reduced_pass, network, normalisations, reduce), jit_compile=False)
 
         def distances(images):
             matrices = [matrix.numpy() for matrix in reduced_pass(images)]
@@ -77,104 +50,86 @@ def distance_pass(network):
         yield distances
 
 
-def _watched_pass(network, images, reduce):
-    reduced = {}
+def _reduced_pass(network, normalisations, reduce, images):
+    """Runs the network; returns each candidate's distances, in forward order."""
+    reduced = {}  # path -> distances; a layer that the pass meets twice counts at its first meeting
 
-    def observe(layer, output):
-        if layer.path in reduced:  # a layer that the pass meets twice counts at its first meeting
+    def reducing(layer, call):
+        def call_and_reduce(*args, **kwargs):
+            # Branches one after the other, so that their activations don't meet.
+            with tf.control_dependencies(list(reduced.values())[-1:]):
+                output = call(*args, **kwargs)
+            if layer.path in reduced:
+                return output
+            if layer.path in normalisations:
+                normalisation = normalisations[layer.path]
+                matrices, output = reduce(output, normalisation)
+                reduced[layer.path], reduced[normalisation.layer.path] = matrices
+                return output
+            [reduced[layer.path]], output = reduce(output)
             return output
-        reduced[layer.path] = matrix = reduce(layer, output)
-        with tf.control_dependencies([matrix]):
-            return tf.identity(output)
 
-    with statistics_kept(network.model, network.bn_stats), watching([c.layer for c in network.candidates], observe):
+        return call_and_reduce
+
+    done_before = [
+        layer for found in normalisations.values() for layer in (found.layer, found.clipping) if layer is not None
+    ]
+    layers = [candidate.layer for candidate in network.candidates if candidate.layer not in done_before]
+    with (
+        statistics_kept(network.model, network.bn_stats),
+        calls_replaced(layers, reducing),
+        calls_replaced(done_before, lambda layer, call: lambda inputs, *args, **kwargs: inputs),
+    ):
         network.model(images, training=False)
     return [reduced[candidate.path] for candidate in network.candidates]
 
 
-def _normalisations(network):
-    """Finds the candidates whose output goes to a BatchNormalization that only scales and shifts it.
+def _reduction_on_cpu(pool, workers):
+    """Returns a function (output, normalisation or None) -> (its distances, what the pass goes on with).
 
-    Returns:
-        dict from such a candidate's path to (the BatchNormalization's path, its
-        Normalisation).
+    With a normalisation there are two distances, before and after it, and what
+    the pass goes on with is normalised and clipped.
     """
-    if network.bn_stats != "stored":  # by the batch's statistics the scales are not known beforehand
-        return {}
-    # Keras's symbolic tensors tell who feeds whom; a layer called twice, or
-    # outside of a functional model, has no one `output`, and is left out.
-    feeds = {
-        id(candidate.layer.output): candidate.path
-        for candidate in network.candidates
-        if len(candidate.layer._inbound_nodes) == 1
-    }
-    found = {}
-    for candidate in network.candidates:
-        layer = candidate.layer
-        if not isinstance(layer, keras.layers.BatchNormalization) or len(layer._inbound_nodes) != 1:
-            continue
-        fed_by = feeds.get(id(layer.input))
-        by_channel = layer.axis in (-1, len(layer.input.shape) - 1) and layer.input.shape[-1] % _CHANNELS == 0
-        if fed_by and by_channel:
-            found[fed_by] = (candidate.path, _normalisation(layer))
-    return found
 
+    def reduce(output, normalisation=None):
+        def in_numpy(activation):
+            cloud = activation.reshape(len(activation), -1)
+            if normalisation is None:
+                return pairwise_distances(cloud.astype(np.float32, copy=False), pool, workers)
+            return normalised_distances(
+                cloud, normalisation.scale, normalisation.shift, normalisation.bounds, pool, workers
+            )
 
-def _normalisation(layer):
-    mean = np.asarray(layer.moving_mean, np.float64)
-    scale = 1 / np.sqrt(np.asarray(layer.moving_variance, np.float64) + layer.epsilon)
-    if layer.scale:
-        scale = scale * np.asarray(layer.gamma, np.float64)
-    beta = np.asarray(layer.beta, np.float64) if layer.center else np.zeros_like(mean)
-    return Normalisation((scale * scale).astype(np.float32), math.hypot(*(scale * mean)), math.hypot(*beta))
-
-
-def _reduction(normalisations, pool, workers):
-    """Returns a function (layer, output) -> distances, to be called in the order of a pass.
-
-    Where a normalisation follows a layer, reading the layer's output gives both
-    their sums, and the normalisation's output is read where it is in doubt only.
-    """
-    sums_of_input = {}  # path of a normalisation -> (its Normalisation, sums over its input weighted by it)
-
-    def reduce(layer, output):
-        if layer.path in sums_of_input:
-            normalisation, weighted = sums_of_input.pop(layer.path)
-
-            def settle(weighted, activation):
-                cloud = _cloud(activation)
-                positions = cloud.shape[1] // len(normalisation.squared_scales)
-                noise = normalised_noise(weighted, normalisation.shift, normalisation.offset, positions)
-                return settled(cloud, weighted, noise, pool, workers)
-
-            return tf.numpy_function(settle, [weighted, output], tf.float64, stateful=False)
-
-        if layer.path in normalisations:
-            following, normalisation = normalisations[layer.path]
-
-            def sum_both(activation):
-                cloud = _cloud(activation)
-                sums = sums_of_squares(cloud, normalisation.squared_scales, pool, workers)
-                return settled(cloud, sums.plain, None, pool, workers), sums.weighted
-
-            distances, weighted = tf.numpy_function(sum_both, [output], [tf.float64] * 2, stateful=False)
-            sums_of_input[following] = (normalisation, weighted)
-            return distances
-
-        return tf.numpy_function(
-            lambda activation: pairwise_distances(_cloud(activation), pool, workers), [output], tf.float64, stateful=False
-        )
+        matrices = tf.numpy_function(in_numpy, [output], [tf.float64] * (1 if normalisation is None else 2))
+        with tf.control_dependencies(matrices):
+            return matrices, tf.identity(output)
 
     return reduce
 
 
-def _cloud(activation):
-    """Returns an activation of shape (B, ...) as float32 points of shape (B, d)."""
-    return activation.reshape(len(activation), -1).astype(np.float32, copy=False)
+def _numpy_sees_tensors():
+    """Returns whether what NumPy writes to a tensor that it is given is in that tensor.
+
+    It always was on CPUs, but nobody promises it.
+    """
+
+    def write(array):
+        array[:] = 1
+        return array[0]
+
+    @tf.function
+    def written(tensor):
+        tensor = tensor + 1
+        with tf.control_dependencies([tf.numpy_function(write, [tensor], tf.float32)]):
+            return tf.identity(tensor)
+
+    return bool(tf.reduce_all(written(tf.ones(64)) == 1))
 
 
-def _reduction_on_device(layer, output):
-    return _gram_on_device(tf.cast(tf.reshape(output, (tf.shape(output)[0], -1)), tf.float32))
+def _reduction_on_device(output):
+    gram = _gram_on_device(tf.cast(tf.reshape(output, (tf.shape(output)[0], -1)), tf.float32))
+    with tf.control_dependencies([gram]):
+        return [gram], tf.identity(output)
 
 
 def _gram_on_device(cloud):

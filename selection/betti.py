@@ -15,6 +15,9 @@ MIN_POINTS = 4  # no Vietoris-Rips complex on fewer points has a loop
 _SECONDS_PER_POINT_CUBED = 6e-10
 _BYTES_PER_POINT_SQUARED = 64
 
+# Predicted work that is worth handing out to threads.
+_WORTH_THREADS_S = 0.05
+
 
 def betti_1(distances):
     """Returns the first Betti number of one point cloud.
@@ -34,8 +37,8 @@ def betti_1_of_each(matrices, num_threads=1):
 
     Args:
         matrices: list of arrays of shape (n, n), see `betti_1`.
-        num_threads: int. Clouds worked on at the same time; gudhi releases the
-            interpreter while it works.
+        num_threads: int. Clouds worked on at the same time at most, where that
+            pays; gudhi releases the interpreter while it works.
 
     Returns:
         list of int, one a matrix.
@@ -43,11 +46,12 @@ def betti_1_of_each(matrices, num_threads=1):
     # It takes a second to import, and only runs that rank by topology need it.
     from gudhi.sklearn.rips_persistence import RipsPersistence
 
+    work_s = sum(predicted_cost(len(matrix), 1)[0] for matrix in matrices)
     rips = RipsPersistence(
         homology_dimensions=1,
         input_type="full distance matrix",
         homology_coeff_field=COEFFICIENT_FIELD,
-        n_jobs=num_threads,
+        n_jobs=num_threads if work_s > _WORTH_THREADS_S else 1,
     )
     diagrams = rips.fit_transform([_ranks(matrix) for matrix in matrices])
     return [int(np.count_nonzero(bars[:, 1] > bars[:, 0])) for bars in diagrams]

@@ -9,23 +9,26 @@ those of double precision throughout.
 
 A batch normalisation by stored statistics scales and shifts each channel of its
 input. The same reading that gives the input's distances gives the output's too,
-as sums weighted by channel; of the output only what stays in doubt is read.
+as sums weighted by channel. Then the input can be turned into the output, and a
+clipping behind it be done, where it lies.
 """
 
 import os
-from dataclasses import dataclass
+from functools import partial
 
 import numba
 import numpy as np
 
-from selection.tiles import LANES, SIDE, copy_vector, tile_of_pairs, tile_on_diagonal
+from selection.tiles import LANES, SIDE, ask_for, copy_vector, tile_of_pairs, tile_on_diagonal
 
 # Vectors that a lane sums up in float32 before the sum goes to float64, at most.
 _STEPS = 16
 
-# Bytes of the packed part of a cloud that is worked on at a time: half of a
-# common second-level cache.
-_PACKED_BYTES = 1 << 19
+# Bytes of the packed part of a cloud that is worked on at a time. A common
+# second-level cache holds that, the part that comes next, and as much again.
+_PACKED_BYTES = 1 << 18
+
+_VECTOR_BYTES = 4 * LANES
 
 _UNIT = 2.0**-24  # float32's unit roundoff
 
@@ -42,22 +45,11 @@ _SMALLEST, _LARGEST = 1e-25, 1e30
 # be at most _MARGIN times the largest that these show.
 _SAMPLE, _MARGIN = 32, 4
 
+# Columns that are normalised at a time, at least.
+_BLOCK = 1024
+
 # Elements that are worth a second thread.
 _SHARE = 1 << 20
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Sums over the columns of a cloud, good to a relative error known beforehand.
-
-    Attributes:
-        plain: float64 array of shape (n, n). Above the diagonal the squared
-            distances of the points, on it their squared norms.
-        weighted: the same with each column's terms weighted, or None.
-    """
-
-    plain: np.ndarray
-    weighted: np.ndarray | None
 
 
 def num_workers():
@@ -81,94 +73,47 @@ def pairwise_distances(cloud, pool=None, num_parts=1):
         order of the true distances (up to float64's rounding); NaN or infinite
         somewhere where the cloud is not finite.
     """
-    return settled(cloud, sums_of_squares(cloud, None, pool, num_parts).plain, pool=pool, num_parts=num_parts)
-
-
-def sums_of_squares(cloud, weights=None, pool=None, num_parts=1):
-    """Reads a cloud once and returns its `Sums`.
-
-    Args:
-        cloud: float32 array of shape (n, d).
-        weights: float32 array of shape (c,), not negative, or None: d is a
-            multiple of c, and column k has weight k modulo c.
-        pool, num_parts: see `pairwise_distances`.
-    """
     cloud = np.ascontiguousarray(cloud)
-    num_points, dimension = cloud.shape
-    if weights is None:
-        lanes_weights, is_weighted = np.ones(4 * LANES, np.float32), False
-    else:
-        lanes_weights, is_weighted = np.tile(weights, np.lcm(len(weights), LANES) // len(weights)), True
-    period = len(lanes_weights)
-    rounds = dimension // period
-    parts = num_parts if cloud.size > _SHARE else 1
-    bounds = [rounds * part // parts for part in range(parts + 1)]
-
-    def part(k):
-        return _sums_of_rounds(cloud, bounds[k], bounds[k + 1], lanes_weights, is_weighted)
-
-    totals = sum((pool.map if pool and parts > 1 else map)(part, range(parts)))
-    plain, weighted = _add_rest(cloud, rounds * period, lanes_weights, totals)
-    return Sums(plain, weighted if is_weighted else None)
+    plain, _ = _sums(cloud, None, pool, num_parts)
+    return _settled(plain, None, partial(_squared_of_pairs, cloud), cloud.shape[1], pool, num_parts)
 
 
-def settled(cloud, squared, noise=None, pool=None, num_parts=1):
-    """Returns distances from squared ones, reading `cloud` again where their order is in doubt.
+def normalised_distances(cloud, scale, shift, bounds, pool=None, num_parts=1):
+    """Returns the distances in a cloud, and in the same normalised by channel.
+
+    Column k belongs to channel k modulo c. Normalised, an element x is
+    scale * x + shift in float32, rounded after the product and after the sum.
+    The cloud itself is left normalised and clipped to `bounds`.
 
     Args:
-        cloud: float32 array of shape (n, d).
-        squared: float64 array of shape (n, n), as `Sums` holds.
-        noise: float64 array of shape (n,), or None. How far each row of `cloud`
-            may lie, in Euclidean norm, from the point that `squared` speaks of.
+        cloud: float32 array of shape (n, d), C-contiguous, d a multiple of c;
+            written to.
+        scale, shift: float32 arrays of shape (c,).
+        bounds: float32 pair. Lowest and highest value left; the distances don't
+            know of them.
         pool, num_parts: see `pairwise_distances`.
 
     Returns:
-        float64 array of shape (n, n), see `pairwise_distances`.
+        two float64 arrays of shape (n, n), as `pairwise_distances` gives them.
     """
-    rows, columns, values = _pairs_above(squared)
+    dimension = cloud.shape[1]
+    repeats = -(-_BLOCK // len(scale))
+    scales, shifts = np.tile(scale, repeats), np.tile(shift, repeats)
+    plain, weighted = _sums(cloud, scale, pool, num_parts)
+    # An element is off by one rounding of s x and one of the sum, at most |s x| + |t|.
+    offset = np.sqrt(dimension // len(shift)) * np.linalg.norm(shift.astype(np.float64))
+    noise = (1 + 1e-6) * _UNIT * (2 * np.sqrt(np.diagonal(weighted)) + offset)
+    before = _settled(plain, None, partial(_squared_of_pairs, cloud), dimension, pool, num_parts)
+    after = _settled(weighted, noise, partial(_squared_of_normalised, cloud, scales, shifts), dimension, pool, num_parts)
 
-    def sum_again(which):
-        parts = num_parts if pool and len(which) * cloud.shape[1] > _SHARE else 1
-        which = np.sort(which)  # by rows, so that one of the two is in the cache mostly
-        shares = np.array_split(which, parts)
-        again = (pool.map if parts > 1 else map)(lambda pairs: _squared_of_pairs(cloud, rows[pairs], columns[pairs]), shares)
-        for share, exact in zip(shares, again):
-            values[share] = exact
+    blocks = -(-dimension // len(scales))
+    ends = [blocks * part // num_parts for part in range(num_parts + 1)]
 
-    error = _worst_errors(values, rows, columns, np.zeros(len(squared)) if noise is None else noise)
-    unsure = _in_doubt(values, error)
-    if len(unsure) > _SAMPLE:
-        sample = unsure[:: len(unsure) // _SAMPLE]
-        estimates = values[sample]
-        sum_again(sample)
-        apart = values[sample] > 0  # points that are one have no relative error
-        seen = np.abs(estimates[apart] / values[sample][apart] - 1).max(initial=0)
-        error = np.minimum(error, _MARGIN * seen)
-        error[sample] = 0
-        unsure = np.setdiff1d(_in_doubt(values, error), sample, assume_unique=True)
-    sum_again(unsure)
-    return _symmetric(values, rows, columns, len(squared))
+    def normalise(part):
+        _normalise(cloud, ends[part], ends[part + 1], scales, shifts, *bounds)
 
-
-def normalised_noise(weighted, shift, offset, positions):
-    """Bounds what float32 does to the rows of a normalised cloud.
-
-    A normalisation computes y = s x + (b - s m), or s (x - m) + b, by channel:
-    products and sums of at most |s x| + |s m| + |b|, four roundings in all;
-    another four are left to s itself, whose reciprocal root may be off by as
-    many.
-
-    Args:
-        weighted: float64 array of shape (n, n). Weighted `Sums`, the weights
-            being s * s.
-        shift: float. Euclidean norm of s m over the channels.
-        offset: float. The same of b.
-        positions: int. Columns of a channel.
-
-    Returns:
-        float64 array of shape (n,), for `settled`.
-    """
-    return 8 * _UNIT * (np.sqrt(np.diagonal(weighted)) + np.sqrt(positions) * (shift + offset))
+    list((pool.map if pool else map)(normalise, range(num_parts)))
+    return before, after
 
 
 def from_gram(gram):
@@ -179,13 +124,86 @@ def from_gram(gram):
     return distances + distances.T
 
 
+def _sums(cloud, scale, pool, num_parts):
+    """Reads a cloud once.
+
+    Args:
+        cloud: float32 array of shape (n, d), C-contiguous.
+        scale: float32 array of shape (c,), see `normalised_distances`, or None.
+        pool, num_parts: see `pairwise_distances`.
+
+    Returns:
+        plain, weighted: float64 arrays of shape (n, n), good to a relative error
+        of `_ERROR`. Above the diagonal the squared distances of the points, on
+        it their squared norms; the second with each column's terms weighted by
+        its squared scale, or with no meaning where there is none.
+    """
+    num_points, dimension = cloud.shape
+    is_weighted = scale is not None
+    if is_weighted:
+        with np.errstate(over="ignore"):  # an infinite weight shows in the distances
+            weights = np.tile(scale * scale, np.lcm(len(scale), LANES) // len(scale))
+    else:
+        weights = np.ones(4 * LANES, np.float32)
+    period = len(weights)
+    rounds = dimension // period
+    parts = num_parts if cloud.size > _SHARE else 1
+    bounds = [rounds * part // parts for part in range(parts + 1)]
+
+    def part(k):
+        return _sums_of_rounds(cloud, bounds[k], bounds[k + 1], weights, is_weighted)
+
+    totals = sum((pool.map if pool and parts > 1 else map)(part, range(parts)))
+    return _add_rest(cloud, rounds * period, weights, totals)
+
+
+def _settled(squared, noise, squared_of_pairs, dimension, pool, num_parts):
+    """Returns distances from squared ones, taking again those whose order is in doubt.
+
+    Args:
+        squared: float64 array of shape (n, n), as `_sums` returns.
+        noise: float64 array of shape (n,). How far each point may lie, in
+            Euclidean norm, from the one that `squared` speaks of. None is zero.
+        squared_of_pairs: function (rows, columns) -> the squared distances of
+            these pairs of points in float64.
+        dimension: int. d.
+        pool, num_parts: see `pairwise_distances`.
+
+    Returns:
+        float64 array of shape (n, n), see `pairwise_distances`.
+    """
+    rows, columns, values, error = _pairs_above(squared, np.zeros(len(squared)) if noise is None else noise)
+    unsure = _in_doubt(values, error)
+
+    def sum_again(which):
+        parts = num_parts if pool and len(which) * dimension > _SHARE else 1
+        shares = np.array_split(which, parts)
+        again = (pool.map if parts > 1 else map)(lambda pairs: squared_of_pairs(rows[pairs], columns[pairs]), shares)
+        for share, exact in zip(shares, again):
+            values[share] = exact
+
+    if len(unsure) > _SAMPLE:
+        sample = unsure[:: len(unsure) // _SAMPLE]
+        estimates = values[sample]
+        sum_again(sample)
+        apart = values[sample] > 0  # points that are one have no relative error
+        seen = np.abs(estimates[apart] / values[sample][apart] - 1).max(initial=0)
+        error = np.minimum(error, _MARGIN * seen)
+        error[sample] = 0
+        unsure = np.setdiff1d(_in_doubt(values, error), sample, assume_unique=True)
+    if len(unsure):
+        sum_again(unsure)
+    return _symmetric(values, rows, columns, len(squared))
+
+
 @numba.njit(nogil=True, cache=True)
 def _sums_of_rounds(cloud, start, stop, weights, is_weighted):
     """Sums squared differences over the rounds from `start` to `stop`.
 
-    A round is len(weights) columns. Some are packed at a time, each lane's
-    vectors behind each other, so that the tiles read them in order and from the
-    cache, wherever the rows of the cloud lie.
+    A round is len(weights) columns. Piece by piece, some rounds by some lanes'
+    groups, is packed so that each lane's vectors lie behind each other: the tiles
+    read them in order and from the cache, wherever the rows of the cloud lie.
+    While the tiles of one piece are summed, the next is on its way from memory.
 
     Returns:
         float64 array of shape (2, t, t, 4, 4): plain and weighted sums of tiles
@@ -193,53 +211,84 @@ def _sums_of_rounds(cloud, start, stop, weights, is_weighted):
     """
     num_points, dimension = cloud.shape
     tiles = (num_points + SIDE - 1) // SIDE
+    padded = tiles * SIDE
     groups = len(weights) // LANES
-    vector_bytes = 4 * LANES
-    room = max(1, _PACKED_BYTES // (tiles * SIDE * vector_bytes))  # vectors a row
-    steps = max(min(_STEPS, room), 1)
+    room = max(1, _PACKED_BYTES // (padded * _VECTOR_BYTES))  # vectors a row
+    steps = min(_STEPS, room)
     if is_weighted:
-        together = max(1, min(groups, room // steps))
-        deep = steps * max(1, min(8, room // (steps * together)))
+        wide = max(1, min(groups, room // steps))
+        deep = steps * max(1, min(8, room // (steps * wide)))
     else:
-        together = groups
-        deep = steps * max(1, room // (steps * together))
+        wide = groups
+        deep = steps * max(1, room // (steps * wide))
+    across = (groups + wide - 1) // wide
+    pieces = across * ((stop - start + deep - 1) // deep)
 
     totals = np.zeros((2, tiles, tiles, SIDE, SIDE))
     row = deep + 1  # not a power of two, which would map all rows to the same cache lines
-    packed = np.empty((together, tiles * SIDE, row, LANES), np.float32)
+    packed = np.empty((wide, padded, row, LANES), np.float32)
     source, target, lane_weights = cloud.ctypes.data, packed.ctypes.data, weights.ctypes.data
-    plain = totals.ctypes.data
-    second = totals[1].ctypes.data
-    for begin in range(start, stop, deep):
-        depth = min(deep, stop - begin)
-        for first in range(0, groups, together):
-            last = min(first + together, groups)
-            for r in range(tiles * SIDE):
-                at = source + 4 * (min(r, num_points - 1) * dimension + begin * len(weights))
-                ahead = 4 * dimension if r < num_points - 1 else 0
-                for t in range(depth):
-                    for g in range(first, last):
-                        element = at + t * 4 * len(weights) + g * vector_bytes
-                        copy_vector(
-                            target + (((g - first) * tiles * SIDE + r) * row + t) * vector_bytes, element, element + ahead
-                        )
-            for g in range(first, last):
-                for t in range(0, depth, steps):
-                    base = target + ((g - first) * tiles * SIDE * row + t) * vector_bytes
-                    count = min(steps, depth - t)
-                    factors = lane_weights + g * vector_bytes
-                    for i in range(tiles):
-                        a = base + i * SIDE * row * vector_bytes
-                        for j in range(i, tiles):
-                            b = base + j * SIDE * row * vector_bytes
-                            place = (i * tiles + j) * SIDE * SIDE * 8
-                            sums = second + place if is_weighted else 0
-                            if i == j:
-                                tile_on_diagonal(a, b, row, count, factors, plain + place, sums)
-                            else:
-                                tile_of_pairs(a, b, row, count, factors, plain + place, sums)
+    plain, second = totals.ctypes.data, totals[1].ctypes.data if is_weighted else 0
+    from_row, from_round = 4 * dimension, groups * _VECTOR_BYTES
+    for piece in range(pieces):
+        begin, first = start + piece // across * deep, piece % across * wide
+        depth, width = min(deep, stop - begin), min(wide, groups - first)
+        lanes = first * _VECTOR_BYTES
+        shape = (num_points, depth, width)
+        _pack(source + begin * from_round + lanes, target, shape, from_row, from_round, padded, row)
+        begin, first = start + (piece + 1) // across * deep, (piece + 1) % across * wide
+        ahead = (num_points, max(0, min(deep, stop - begin)), min(wide, groups - first))
+        _add_tiles(
+            target, tiles, row, width, depth, steps, lane_weights + lanes, plain, second,
+            source + begin * from_round + first * _VECTOR_BYTES, ahead, from_row, from_round,
+        )  # fmt: skip
     packed[0, 0, 0, 0] = 0  # it has to live to here: the addresses alone don't keep it
     return totals
+
+
+@numba.njit(nogil=True, cache=True)
+def _pack(source, target, shape, from_row, from_round, padded, row):
+    num_rows, depth, width = shape
+    for r in range(padded):
+        for t in range(depth):
+            at = source + min(r, num_rows - 1) * from_row + t * from_round
+            to = target + (r * row + t) * _VECTOR_BYTES
+            for g in range(width):
+                copy_vector(to + g * padded * row * _VECTOR_BYTES, at + g * _VECTOR_BYTES)
+
+
+@numba.njit(nogil=True, cache=True)
+def _add_tiles(packed, tiles, row, width, depth, steps, weights, plain, second, ahead, shape_ahead, from_row, from_round):
+    rows_ahead, depth_ahead, width_ahead = shape_ahead
+    calls = width * ((depth + steps - 1) // steps) * tiles * (tiles + 1) // 2
+    vectors = rows_ahead * depth_ahead * width_ahead
+    share = (vectors + calls - 1) // calls
+    r, t, g = 0, 0, 0
+    for h in range(width):
+        for begin in range(0, depth, steps):
+            base = packed + (h * tiles * SIDE * row + begin) * _VECTOR_BYTES
+            count = min(steps, depth - begin)
+            factors = weights + h * _VECTOR_BYTES
+            for i in range(tiles):
+                a = base + i * SIDE * row * _VECTOR_BYTES
+                for j in range(i, tiles):
+                    b = base + j * SIDE * row * _VECTOR_BYTES
+                    place = (i * tiles + j) * SIDE * SIDE * 8
+                    sums = second + place if second else 0
+                    if i == j:
+                        tile_on_diagonal(a, b, row, count, factors, plain + place, sums)
+                    else:
+                        tile_of_pairs(a, b, row, count, factors, plain + place, sums)
+                    for _ in range(min(share, vectors)):
+                        ask_for(ahead + r * from_row + t * from_round + g * _VECTOR_BYTES)
+                        g += 1
+                        if g == width_ahead:
+                            g = 0
+                            t += 1
+                            if t == depth_ahead:
+                                t = 0
+                                r += 1
+                    vectors -= share
 
 
 @numba.njit(nogil=True, cache=True)
@@ -247,8 +296,7 @@ def _add_rest(cloud, start, weights, totals):
     """Adds the columns from `start`, fewer than a round, to tiled totals.
 
     Returns:
-        plain, weighted: float64 arrays of shape (n, n), valid on and above the
-        diagonal, which has the squared norms.
+        plain, weighted: as `_sums` does.
     """
     num_points, dimension = cloud.shape
     plain, weighted = np.zeros((num_points, num_points)), np.zeros((num_points, num_points))
@@ -267,27 +315,23 @@ def _add_rest(cloud, start, weights, totals):
 
 
 @numba.njit(nogil=True, cache=True)
-def _pairs_above(matrix):
-    """Returns the rows, columns and values above a matrix' diagonal, each of shape (pairs,)."""
-    num_points = len(matrix)
+def _pairs_above(squared, noise):
+    """Returns the rows, columns, values and relative errors above the diagonal, each of shape (pairs,).
+
+    The errors are bounds; `noise` as in `_settled`.
+    """
+    num_points = len(squared)
     pairs = num_points * (num_points - 1) // 2
-    rows, columns, values = np.empty(pairs, np.int64), np.empty(pairs, np.int64), np.empty(pairs)
+    rows, columns = np.empty(pairs, np.int64), np.empty(pairs, np.int64)
+    values, errors = np.empty(pairs), np.empty(pairs)
     k = 0
     for i in range(num_points):
         for j in range(i + 1, num_points):
-            rows[k], columns[k], values[k] = i, j, matrix[i, j]
+            far = noise[i] + noise[j]
+            rows[k], columns[k], values[k] = i, j, squared[i, j]
+            errors[k] = (1 + _ERROR) * (1 + far / np.sqrt(squared[i, j])) ** 2 - 1 if far > 0 else _ERROR
             k += 1
-    return rows, columns, values
-
-
-@numba.njit(nogil=True, cache=True)
-def _worst_errors(squared, rows, columns, noise):
-    """Bounds the relative error of each squared distance, given `noise` as in `settled`."""
-    errors = np.empty(len(squared))
-    for k in range(len(squared)):
-        far = noise[rows[k]] + noise[columns[k]]
-        errors[k] = (1 + _ERROR) * (1 + far / np.sqrt(squared[k])) ** 2 - 1 if far > 0 else _ERROR
-    return errors
+    return rows, columns, values, errors
 
 
 @numba.njit(nogil=True, cache=True)
@@ -317,7 +361,7 @@ def _in_doubt(squared, errors):
             unsure[count] = pair
             count += 1
         below = max(below, value * (1 + errors[pair]))
-    return unsure[:count]
+    return np.sort(unsure[:count])  # by rows, so that one of two is in the cache mostly
 
 
 @numba.njit(nogil=True, cache=True)
@@ -328,16 +372,54 @@ def _symmetric(squared, rows, columns, num_points):
     return distances
 
 
-# What keeps NaN and infinity as they are, and lets sums go over SIMD lanes.
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+@numba.njit(nogil=True, cache=True)
 def _squared_of_pairs(cloud, rows, columns):
     """Returns the squared distances of the points rows[k] and columns[k] in float64, shape (pairs,)."""
     squared = np.empty(len(rows))
     for k in range(len(rows)):
-        a, b = cloud[rows[k]], cloud[columns[k]]
-        total = 0.0
-        for c in range(cloud.shape[1]):
-            difference = np.float64(a[c]) - np.float64(b[c])
-            total += difference * difference
-        squared[k] = total
+        squared[k] = _squared_distance(cloud[rows[k]], cloud[columns[k]])
     return squared
+
+
+@numba.njit(nogil=True, cache=True)
+def _squared_of_normalised(cloud, scales, shifts, rows, columns):
+    """The same of normalised points, by scales and shifts that repeat every len(scales) columns."""
+    period, dimension = len(scales), cloud.shape[1]
+    a, b = np.empty(period, np.float32), np.empty(period, np.float32)
+    squared = np.zeros(len(rows))
+    for k in range(len(rows)):
+        first, second = cloud[rows[k]], cloud[columns[k]]
+        for start in range(0, dimension, period):
+            # Slices: an index that might be negative keeps a loop from SIMD lanes.
+            one, other = first[start : start + period], second[start : start + period]
+            for c in range(len(one)):
+                a[c] = one[c] * scales[c] + shifts[c]
+                b[c] = other[c] * scales[c] + shifts[c]
+            squared[k] += _squared_distance(a[: len(one)], b[: len(one)])
+    return squared
+
+
+# What keeps NaN and infinity as they are, and lets sums go over SIMD lanes.
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+def _squared_distance(a, b):
+    total = 0.0
+    for c in range(len(a)):
+        difference = np.float64(a[c]) - np.float64(b[c])
+        total += difference * difference
+    return total
+
+
+@numba.njit(nogil=True, cache=True)
+def _normalise(cloud, first, last, scales, shifts, lowest, highest):
+    """Normalises and clips the blocks of len(scales) columns from `first` to `last`, where they lie.
+
+    From the end, which was read last and may still be in the cache.
+    """
+    period, dimension = len(scales), cloud.shape[1]
+    for block in range(last - 1, first - 1, -1):
+        for r in range(cloud.shape[0]):
+            part = cloud[r, block * period : min((block + 1) * period, dimension)]
+            for c in range(len(part)):
+                value = part[c] * scales[c] + shifts[c]
+                value = lowest if value < lowest else value
+                part[c] = highest if value > highest else value

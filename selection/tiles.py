@@ -140,19 +140,36 @@ def _intrinsic(builder, name, returned, arguments):
 
 
 @intrinsic
-def copy_vector(typing_context, target, source, next_source):
-    """Copies one float32 vector, and asks for the cache line that a later copy will read."""
+def copy_vector(typing_context, target, source):
+    """Copies one float32 vector."""
+
+    def generate(context, builder, signature, args):
+        _store(builder, _load_at(builder, args[1]), args[0])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 2), generate
+
+
+@intrinsic
+def ask_for(typing_context, address):
+    """Asks for the cache line at an address, to be in the second-level cache when it is read."""
 
     def generate(context, builder, signature, args):
         pointer = ir.IntType(8).as_pointer()
         prefetch = _intrinsic(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _INDEX, _INDEX, _INDEX])
-        # For reading, into the first level, as data.
-        builder.call(prefetch, [builder.inttoptr(args[2], pointer), _INDEX(0), _INDEX(3), _INDEX(1)])
-        source, target = (builder.inttoptr(args[k], _VECTOR.as_pointer()) for k in (1, 0))
-        builder.store(_load(builder, source, _INT(0), _FLOAT_BYTES), target).align = _FLOAT_BYTES
+        # For reading, at level 2, as data.
+        builder.call(prefetch, [builder.inttoptr(args[0], pointer), _INDEX(0), _INDEX(2), _INDEX(1)])
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 3), generate
+    return types.void(types.int64), generate
+
+
+def _load_at(builder, address):
+    return _load(builder, builder.inttoptr(address, _VECTOR.as_pointer()), _INT(0), _FLOAT_BYTES)
+
+
+def _store(builder, vector, address):
+    builder.store(vector, builder.inttoptr(address, _VECTOR.as_pointer())).align = _FLOAT_BYTES
 
 
 tile_of_pairs = _tile(diagonal=False)

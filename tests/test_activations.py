@@ -17,8 +17,10 @@ from scipy.spatial.distance import pdist, squareform
 from errors import RunError
 from models.batchnorm import calibrate
 from models.layers import find_candidates
-from selection.activations import _normalisations, distance_pass
+from selection import activations
+from selection.activations import distance_pass
 from selection.betti import betti_1_of_each
+from selection.normalisation import normalisations_behind
 from selection.topology import count_bars
 
 BATCH = 32
@@ -87,13 +89,42 @@ def test_counts_equal_the_reference(model_name, num_layers, seed):
     assert len(expected) == num_layers and sum(expected) > num_layers
 
 
-def test_normalisations_are_read_with_their_inputs():
-    # ResNet50 without its head: 53 convolutions, each with its normalisation.
+def test_normalisations_are_done_with_the_reading_of_their_inputs():
+    # ResNet50 without its head: 53 convolutions, each with its normalisation; 33 of these with a ReLU behind.
     network = backbone_network("resnet50")
-    found = _normalisations(network)
-    assert len(found) == 53
-    assert found["conv2_block1_1_conv"][0] == "conv2_block1_1_bn"
-    assert _normalisations(dataclasses.replace(network, bn_stats="batch")) == {}
+    found = normalisations_behind(network)
+    assert len(found) == 53 and sum(one.clipping is not None for one in found.values()) == 33
+    assert found["conv2_block1_1_conv"].layer.path == "conv2_block1_1_bn"
+    assert found["conv2_block1_1_conv"].clipping.name == "conv2_block1_1_relu"
+    assert found["conv2_block1_3_conv"].clipping is None  # the sum comes first
+    assert normalisations_behind(dataclasses.replace(network, bn_stats="batch")) == {}
+
+
+def test_what_others_need_is_not_normalised_in_place():
+    inputs = keras.Input((8, 8, 3))
+    shared = keras.layers.Conv2D(4, 1, name="shared")(inputs)
+    alone = keras.layers.Conv2D(4, 1, name="alone")(keras.layers.BatchNormalization(name="bn_of_shared")(shared))
+    normal = keras.layers.BatchNormalization(name="bn_of_alone")(alone)
+    last = keras.layers.Conv2D(4, 1, name="last")(keras.layers.Add()([keras.layers.ReLU()(normal), normal, shared]))
+    head = keras.layers.BatchNormalization(name="head")(last)
+    found = normalisations_behind(network_of(keras.Model(inputs, [head, last]), bn_stats="stored"))
+    assert {path: (one.layer.name, one.clipping) for path, one in found.items()} == {"alone": ("bn_of_alone", None)}
+
+
+@pytest.mark.parametrize("model_name", ["resnet50", "mobilenetv2"])
+def test_normalising_in_place_gives_the_bits_of_the_framework(model_name, monkeypatch):
+    network = backbone_network(model_name)
+    calibrate(network.model, digits_images(128, 32, seed=9)[0])
+    images, _ = digits_images(BATCH, 32)
+    with distance_pass(network) as distances:
+        in_place = distances(images)
+    monkeypatch.setattr(activations, "_numpy_sees_tensors", lambda: False)
+    with distance_pass(network) as distances:
+        by_framework = distances(images)
+    # On the way the sums are other ones; in the head's output any other bit would show.
+    for ours, theirs in zip(in_place, by_framework, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    np.testing.assert_array_equal(in_place[-1], by_framework[-1])
 
 
 def test_counts_equal_the_reference_inside_a_vit():

@@ -1,12 +1,14 @@
 """Betti numbers against known answers, against ripser, and under moves that change nothing."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from ripser import ripser
 from scipy.spatial.distance import pdist, squareform
 
 from selection.betti import betti_1, betti_1_of_each
-from selection.distances import normalised_noise, pairwise_distances, settled, sums_of_squares
+from selection.distances import normalised_distances, pairwise_distances
 
 SQUARE = np.array([[0.0, 0], [1, 0], [1, 1], [0, 1]])
 
@@ -154,33 +156,46 @@ def test_what_is_not_finite_shows(value):
     assert not np.isfinite(pairwise_distances(cloud)).all()
 
 
+def same_order(found, expected):
+    upper = np.triu_indices(len(expected), 1)
+    np.testing.assert_allclose(found[upper], expected[upper], rtol=1e-4)
+    np.testing.assert_array_equal(np.argsort(found[upper]), np.argsort(expected[upper]))
+
+
 @pytest.mark.parametrize("shape, channels", [((32, 16 * 24), 24), ((7, 49 * 160), 160), ((33, 5000 * 8), 8), ((70, 900 * 96), 96)])
-def test_one_reading_gives_plain_and_weighted_sums(shape, channels):
+@pytest.mark.parametrize("num_parts", [1, 3])
+def test_one_reading_gives_the_distances_before_and_after_a_normalisation(shape, channels, num_parts):
     rng = np.random.default_rng(7)
     cloud = rng.normal(size=shape).astype(np.float32)
-    weights = rng.random(channels).astype(np.float32)
-    sums = sums_of_squares(cloud, weights)
-    scaled = cloud.astype(np.float64) * np.sqrt(np.tile(weights.astype(np.float64), shape[1] // channels))
-    upper = np.triu_indices(len(cloud), 1)
-    for found, points in ((sums.plain, cloud.astype(np.float64)), (sums.weighted, scaled)):
-        np.testing.assert_allclose(found[upper], distances_of(points)[upper] ** 2, rtol=3e-6)
-        np.testing.assert_allclose(np.diagonal(found), (points**2).sum(1), rtol=3e-6)
+    scale, shift = rng.normal(size=(2, channels)).astype(np.float32)
+    normalised = (cloud.reshape(-1, channels) * scale + shift).reshape(shape)
+    expected = [distances_of(points.astype(np.float64)) for points in (cloud, normalised)]
+    with ThreadPoolExecutor(num_parts) as pool:
+        found = normalised_distances(cloud, scale, shift, (np.float32(0), np.float32(1.5)), pool, num_parts)
+    for ours, theirs in zip(found, expected, strict=True):
+        same_order(ours, theirs)
+    np.testing.assert_array_equal(cloud, np.clip(normalised, 0, 1.5))
 
 
-def test_distances_settled_from_a_normalisations_input_are_those_of_its_output():
+def test_a_normalisations_rounding_is_reckoned_with():
     # Images that share nearly all of their content: rounding weighs most there.
     rng = np.random.default_rng(8)
-    images = (rng.normal(size=(1, 200, 16)) + 1e-2 * rng.normal(size=(24, 200, 16))).astype(np.float32)
-    mean, scale, beta = images.mean((0, 1)), (1 + rng.random(16)).astype(np.float32), rng.normal(size=16).astype(np.float32)
-    output = (images * scale + (beta - mean * scale)).astype(np.float32).reshape(24, -1)
-    weighted = sums_of_squares(images.reshape(24, -1), scale * scale).weighted
-    noise = normalised_noise(weighted, np.linalg.norm(mean * scale), np.linalg.norm(beta), 200)
-    exact = distances_of(output.astype(np.float64))
-    actual = np.abs(np.sqrt(weighted + weighted.T) - exact)[np.triu_indices(24, 1)]
-    assert 0 < actual.max() < 2 * noise.max() < 1e-3 * exact.max()
-    found = settled(output, weighted, noise)
+    images = (rng.normal(size=(1, 200, 16)) + 1e-4 * rng.normal(size=(24, 200, 16))).astype(np.float32)
+    scale = (1 + rng.random(16)).astype(np.float32)
+    shift = (rng.normal(size=16) - images.mean((0, 1)) * scale).astype(np.float32)
+    unrounded = images * scale.astype(np.float64) + shift
+    expected = distances_of((images * scale + shift).reshape(24, -1).astype(np.float64))
     upper = np.triu_indices(24, 1)
-    np.testing.assert_array_equal(np.argsort(found[upper]), np.argsort(exact[upper]))
+    wrong = np.argsort(distances_of(unrounded.reshape(24, -1))[upper]) != np.argsort(expected[upper])
+    assert wrong.any()
+    _, found = normalised_distances(images.reshape(24, -1), scale, shift, (-np.inf, np.inf))
+    same_order(found, expected)
+
+
+def test_what_a_normalisation_makes_infinite_shows():
+    cloud = np.random.default_rng(5).normal(size=(6, 800)).astype(np.float32)
+    before, after = normalised_distances(cloud, np.full(8, 3e38, np.float32), np.zeros(8, np.float32), (-np.inf, np.inf))
+    assert np.isfinite(before).all() and not np.isfinite(after).all()
 
 
 @pytest.mark.parametrize("num_points", [40, 150])
