@@ -106,13 +106,10 @@ def normalised_distances(cloud, scale, shift, bounds, pool=None, num_parts=1):
     before = _settled(plain, None, partial(_squared_of_pairs, cloud), dimension, pool, num_parts)
     after = _settled(weighted, noise, partial(_squared_of_normalised, cloud, scales, shifts), dimension, pool, num_parts)
 
-    blocks = -(-dimension // len(scales))
-    ends = [blocks * part // num_parts for part in range(num_parts + 1)]
+    def normalise(first, last):
+        _normalise(cloud, first, last, scales, shifts, *bounds)
 
-    def normalise(part):
-        _normalise(cloud, ends[part], ends[part + 1], scales, shifts, *bounds)
-
-    list((pool.map if pool else map)(normalise, range(num_parts)))
+    _shared_out(normalise, -(-dimension // len(scales)), cloud.size, pool, num_parts)
     return before, after
 
 
@@ -147,14 +144,29 @@ def _sums(cloud, scale, pool, num_parts):
         weights = np.ones(4 * LANES, np.float32)
     period = len(weights)
     rounds = dimension // period
-    parts = num_parts if cloud.size > _SHARE else 1
-    bounds = [rounds * part // parts for part in range(parts + 1)]
 
-    def part(k):
-        return _sums_of_rounds(cloud, bounds[k], bounds[k + 1], weights, is_weighted)
+    def part(start, stop):
+        return _sums_of_rounds(cloud, start, stop, weights, is_weighted)
 
-    totals = sum((pool.map if pool and parts > 1 else map)(part, range(parts)))
+    totals = sum(_shared_out(part, rounds, cloud.size, pool, num_parts))
     return _add_rest(cloud, rounds * period, weights, totals)
+
+
+def _shared_out(function, count, elements, pool, num_parts):
+    """Calls function(start, stop) on `num_parts` parts of range(count), or on all of it where that is little.
+
+    Args:
+        elements: int. Elements of clouds that are read in all.
+        pool, num_parts: see `pairwise_distances`.
+
+    Returns:
+        list of what it returned, in the parts' order.
+    """
+    parts = num_parts if elements > _SHARE else 1
+    ends = [count * part // parts for part in range(parts + 1)]
+    futures = [pool.submit(function, *ends[part : part + 2]) for part in range(1, parts)] if pool else []
+    here = [function(*ends[part : part + 2]) for part in range(parts - len(futures))]
+    return here + [future.result() for future in futures]
 
 
 def _settled(squared, noise, squared_of_pairs, dimension, pool, num_parts):
@@ -176,11 +188,11 @@ def _settled(squared, noise, squared_of_pairs, dimension, pool, num_parts):
     unsure = _in_doubt(values, error)
 
     def sum_again(which):
-        parts = num_parts if pool and len(which) * dimension > _SHARE else 1
-        shares = np.array_split(which, parts)
-        again = (pool.map if parts > 1 else map)(lambda pairs: squared_of_pairs(rows[pairs], columns[pairs]), shares)
-        for share, exact in zip(shares, again):
-            values[share] = exact
+        def part(start, stop):
+            pairs = which[start:stop]
+            values[pairs] = squared_of_pairs(rows[pairs], columns[pairs])
+
+        _shared_out(part, len(which), len(which) * 2 * dimension, pool, num_parts)
 
     if len(unsure) > _SAMPLE:
         sample = unsure[:: len(unsure) // _SAMPLE]
