@@ -14,7 +14,7 @@ clipping behind it be done, where it lies.
 """
 
 import os
-from functools import partial
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -45,8 +45,10 @@ _SMALLEST, _LARGEST = 1e-25, 1e30
 # be at most _MARGIN times the largest that these show.
 _SAMPLE, _MARGIN = 32, 4
 
-# Columns that are normalised at a time, at least.
+# Columns that are read again, or normalised, at a time, at least.
 _BLOCK = 1024
+
+_AS_IT_IS = np.empty((2, 0), np.float32)  # no scaling of columns
 
 # Elements that are worth a second thread.
 _SHARE = 1 << 20
@@ -75,7 +77,9 @@ def pairwise_distances(cloud, pool=None, num_parts=1):
     """
     cloud = np.ascontiguousarray(cloud)
     plain, _ = _sums(cloud, None, pool, num_parts)
-    return _settled(plain, None, partial(_squared_of_pairs, cloud), cloud.shape[1], pool, num_parts)
+    pairs = _pairs(plain, None, lambda pairs: _sum_again(cloud, _AS_IT_IS, pairs, pool, num_parts))
+    pairs.values[pairs.unsure] = _sum_again(cloud, _AS_IT_IS, pairs.ends[:, pairs.unsure], pool, num_parts)
+    return _symmetric(pairs, len(cloud))
 
 
 def normalised_distances(cloud, scale, shift, bounds, pool=None, num_parts=1):
@@ -98,19 +102,21 @@ def normalised_distances(cloud, scale, shift, bounds, pool=None, num_parts=1):
     """
     dimension = cloud.shape[1]
     repeats = -(-_BLOCK // len(scale))
-    scales, shifts = np.tile(scale, repeats), np.tile(shift, repeats)
+    scaling = np.tile(np.stack([scale, shift]), repeats)
     plain, weighted = _sums(cloud, scale, pool, num_parts)
     # An element is off by one rounding of s x and one of the sum, at most |s x| + |t|.
     offset = np.sqrt(dimension // len(shift)) * np.linalg.norm(shift.astype(np.float64))
     noise = (1 + 1e-6) * _UNIT * (2 * np.sqrt(np.diagonal(weighted)) + offset)
-    before = _settled(plain, None, partial(_squared_of_pairs, cloud), dimension, pool, num_parts)
-    after = _settled(weighted, noise, partial(_squared_of_normalised, cloud, scales, shifts), dimension, pool, num_parts)
+    before = _pairs(plain, None, lambda pairs: _sum_again(cloud, _AS_IT_IS, pairs, pool, num_parts))
+    after = _pairs(weighted, noise, lambda pairs: _sum_again(cloud, scaling, pairs, pool, num_parts))
 
-    def normalise(first, last):
-        _normalise(cloud, first, last, scales, shifts, *bounds)
+    def last_reading(first, last):
+        return _normalise(cloud, scaling, *bounds, before.ends[:, before.unsure], after.ends[:, after.unsure], first, last)
 
-    _shared_out(normalise, -(-dimension // len(scales)), cloud.size, pool, num_parts)
-    return before, after
+    parts = _shared_out(last_reading, -(-dimension // scaling.shape[1]), cloud.size, pool, num_parts)
+    for pairs, squared in zip((before, after), zip(*parts)):
+        pairs.values[pairs.unsure] = sum(squared)
+    return _symmetric(before, len(cloud)), _symmetric(after, len(cloud))
 
 
 def from_gram(gram):
@@ -169,43 +175,63 @@ def _shared_out(function, count, elements, pool, num_parts):
     return here + [future.result() for future in futures]
 
 
-def _settled(squared, noise, squared_of_pairs, dimension, pool, num_parts):
-    """Returns distances from squared ones, taking again those whose order is in doubt.
+class _Pairs(NamedTuple):
+    """The pairs of points of a cloud, first below second.
+
+    Attributes:
+        ends: int array of shape (2, pairs). The two points of each.
+        values: float64 array of shape (pairs,). Squared distances.
+        unsure: int array. Indices of those that could change places, or tie, with
+            another one, and have to be taken again.
+    """
+
+    ends: np.ndarray
+    values: np.ndarray
+    unsure: np.ndarray
+
+
+def _pairs(squared, noise, sum_again):
+    """Returns the `_Pairs` of squared distances that are good to some error.
 
     Args:
         squared: float64 array of shape (n, n), as `_sums` returns.
         noise: float64 array of shape (n,). How far each point may lie, in
             Euclidean norm, from the one that `squared` speaks of. None is zero.
-        squared_of_pairs: function (rows, columns) -> the squared distances of
-            these pairs of points in float64.
-        dimension: int. d.
-        pool, num_parts: see `pairwise_distances`.
-
-    Returns:
-        float64 array of shape (n, n), see `pairwise_distances`.
+        sum_again: function (ends) -> the exact values of some pairs.
     """
-    rows, columns, values, error = _pairs_above(squared, np.zeros(len(squared)) if noise is None else noise)
-    unsure = _in_doubt(values, error)
-
-    def sum_again(which):
-        def part(start, stop):
-            pairs = which[start:stop]
-            values[pairs] = squared_of_pairs(rows[pairs], columns[pairs])
-
-        _shared_out(part, len(which), len(which) * 2 * dimension, pool, num_parts)
-
+    ends, values, errors = _pairs_above(squared, np.zeros(len(squared)) if noise is None else noise)
+    unsure = _in_doubt(values, errors, np.argsort(values))
     if len(unsure) > _SAMPLE:
         sample = unsure[:: len(unsure) // _SAMPLE]
-        estimates = values[sample]
-        sum_again(sample)
-        apart = values[sample] > 0  # points that are one have no relative error
-        seen = np.abs(estimates[apart] / values[sample][apart] - 1).max(initial=0)
-        error = np.minimum(error, _MARGIN * seen)
-        error[sample] = 0
-        unsure = np.setdiff1d(_in_doubt(values, error), sample, assume_unique=True)
-    if len(unsure):
-        sum_again(unsure)
-    return _symmetric(values, rows, columns, len(squared))
+        exact = sum_again(ends[:, sample])
+        apart = exact > 0  # points that are one have no relative error
+        seen = np.abs(values[sample][apart] / exact[apart] - 1).max(initial=0)
+        values[sample] = exact
+        errors = np.minimum(errors, _MARGIN * seen)
+        errors[sample] = 0
+        unsure = np.setdiff1d(_in_doubt(values, errors, np.argsort(values)), sample, assume_unique=True)
+    return _Pairs(ends, values, unsure)
+
+
+def _sum_again(cloud, scaling, ends, pool, num_parts):
+    """Returns the squared distances of some pairs of points in float64, shape (pairs,).
+
+    Args:
+        cloud: float32 array of shape (n, d).
+        scaling: float32 array of shape (2, p). Scales and shifts of the columns,
+            which repeat every p columns, or `_AS_IT_IS`.
+        ends: int array of shape (2, pairs).
+        pool, num_parts: see `pairwise_distances`.
+    """
+
+    def part(first, last):
+        return _squared_of_pairs(cloud, scaling, ends, first, last)
+
+    num_pairs, dimension = ends.shape[1], cloud.shape[1]
+    if not num_pairs:
+        return np.empty(0)
+    blocks = -(-dimension // max(_BLOCK, scaling.shape[1]))
+    return sum(_shared_out(part, blocks, num_pairs * 2 * dimension, pool, num_parts))
 
 
 @numba.njit(nogil=True, cache=True)
@@ -328,34 +354,35 @@ def _add_rest(cloud, start, weights, totals):
 
 @numba.njit(nogil=True, cache=True)
 def _pairs_above(squared, noise):
-    """Returns the rows, columns, values and relative errors above the diagonal, each of shape (pairs,).
+    """Returns the ends, values and relative errors of the pairs above the diagonal.
 
-    The errors are bounds; `noise` as in `_settled`.
+    The errors are bounds; `noise` as in `_pairs`.
     """
     num_points = len(squared)
     pairs = num_points * (num_points - 1) // 2
-    rows, columns = np.empty(pairs, np.int64), np.empty(pairs, np.int64)
+    ends = np.empty((2, pairs), np.int64)
     values, errors = np.empty(pairs), np.empty(pairs)
     k = 0
     for i in range(num_points):
         for j in range(i + 1, num_points):
             far = noise[i] + noise[j]
-            rows[k], columns[k], values[k] = i, j, squared[i, j]
+            ends[0, k], ends[1, k], values[k] = i, j, squared[i, j]
             errors[k] = (1 + _ERROR) * (1 + far / np.sqrt(squared[i, j])) ** 2 - 1 if far > 0 else _ERROR
             k += 1
-    return rows, columns, values, errors
+    return ends, values, errors
 
 
 @numba.njit(nogil=True, cache=True)
-def _in_doubt(squared, errors):
+def _in_doubt(squared, errors, order):
     """Returns the indices of the squared distances that could change places, or tie, with another one.
 
     Args:
         squared, errors: float64 arrays of shape (pairs,). Values, and how much
             each may be off, relatively.
+        order: int array of shape (pairs,). What sorts the values; NumPy sorts
+            faster than Numba.
     """
     pairs = len(squared)
-    order = np.argsort(squared)
     # What lies above each place at least. NaN compares false, and so is in doubt.
     above = np.empty(pairs + 1)
     above[pairs] = np.inf
@@ -373,42 +400,104 @@ def _in_doubt(squared, errors):
             unsure[count] = pair
             count += 1
         below = max(below, value * (1 + errors[pair]))
-    return np.sort(unsure[:count])  # by rows, so that one of two is in the cache mostly
+    return unsure[:count]
 
 
-@numba.njit(nogil=True, cache=True)
-def _symmetric(squared, rows, columns, num_points):
+def _symmetric(pairs, num_points):
     distances = np.zeros((num_points, num_points))
-    for k in range(len(squared)):
-        distances[rows[k], columns[k]] = distances[columns[k], rows[k]] = np.sqrt(squared[k])
+    first, second = pairs.ends
+    distances[first, second] = distances[second, first] = np.sqrt(pairs.values)
     return distances
 
 
 @numba.njit(nogil=True, cache=True)
-def _squared_of_pairs(cloud, rows, columns):
-    """Returns the squared distances of the points rows[k] and columns[k] in float64, shape (pairs,)."""
-    squared = np.empty(len(rows))
-    for k in range(len(rows)):
-        squared[k] = _squared_distance(cloud[rows[k]], cloud[columns[k]])
+def _squared_of_pairs(cloud, scaling, ends, first, last):
+    """Sums the squared differences of pairs of points over some blocks of columns in float64.
+
+    Block by block, so that a row that is in many pairs is in the cache for all.
+
+    Args:
+        cloud, scaling, ends: see `_sum_again`.
+        first, last: int. Blocks, of `_BLOCK` columns or as many as `scaling` has.
+
+    Returns:
+        float64 array of shape (pairs,).
+    """
+    num_points, dimension = cloud.shape
+    scales, shifts = scaling[0], scaling[1]
+    width = max(_BLOCK, len(scales))
+    is_end = _ends_among(num_points, ends)
+    block = np.empty((num_points, width), np.float32)
+    squared = np.zeros(ends.shape[1])
+    for k in range(first, last):
+        start, stop = k * width, min((k + 1) * width, dimension)
+        for r in range(num_points):
+            if is_end[r]:
+                # Slices: an index that might be negative keeps a loop from SIMD lanes.
+                source, target = cloud[r, start:stop], block[r, : stop - start]
+                if len(scales):
+                    _scale(source, scales, shifts, target)
+                else:
+                    target[:] = source
+        _add_squared(squared, block, 0, stop - start, ends)
     return squared
 
 
 @numba.njit(nogil=True, cache=True)
-def _squared_of_normalised(cloud, scales, shifts, rows, columns):
-    """The same of normalised points, by scales and shifts that repeat every len(scales) columns."""
-    period, dimension = len(scales), cloud.shape[1]
-    a, b = np.empty(period, np.float32), np.empty(period, np.float32)
-    squared = np.zeros(len(rows))
-    for k in range(len(rows)):
-        first, second = cloud[rows[k]], cloud[columns[k]]
-        for start in range(0, dimension, period):
-            # Slices: an index that might be negative keeps a loop from SIMD lanes.
-            one, other = first[start : start + period], second[start : start + period]
-            for c in range(len(one)):
-                a[c] = one[c] * scales[c] + shifts[c]
-                b[c] = other[c] * scales[c] + shifts[c]
-            squared[k] += _squared_distance(a[: len(one)], b[: len(one)])
-    return squared
+def _normalise(cloud, scaling, lowest, highest, ends, scaled_ends, first, last):
+    """Scales, shifts and clips some blocks of columns where they lie.
+
+    From the end, which was read last and may still be in the cache.
+
+    Args:
+        cloud, scaling: see `_sum_again`.
+        lowest, highest: float32.
+        ends, scaled_ends: int arrays of shape (2, pairs). Pairs of points to sum
+            the squared differences of, as they were, and scaled but not clipped.
+        first, last: int. Blocks, of as many columns as `scaling` has.
+
+    Returns:
+        float64 arrays of shape (pairs,), for `ends` and for `scaled_ends`.
+    """
+    num_points, dimension = cloud.shape
+    scales, shifts = scaling[0], scaling[1]
+    width = len(scales)
+    is_end = _ends_among(num_points, scaled_ends)
+    block = np.empty((num_points, width), np.float32)
+    squared, squared_scaled = np.zeros(ends.shape[1]), np.zeros(scaled_ends.shape[1])
+    for k in range(last - 1, first - 1, -1):
+        start, stop = k * width, min((k + 1) * width, dimension)
+        _add_squared(squared, cloud, start, stop, ends)
+        for r in range(num_points):
+            part = cloud[r, start:stop]
+            if is_end[r]:
+                _scale(part, scales, shifts, block[r])
+            for c in range(len(part)):
+                value = part[c] * scales[c] + shifts[c]
+                value = lowest if value < lowest else value
+                part[c] = highest if value > highest else value
+        _add_squared(squared_scaled, block, 0, stop - start, scaled_ends)
+    return squared, squared_scaled
+
+
+@numba.njit(nogil=True, cache=True)
+def _ends_among(num_points, ends):
+    is_end = np.zeros(num_points, np.bool_)
+    for k in range(ends.shape[1]):
+        is_end[ends[0, k]] = is_end[ends[1, k]] = True
+    return is_end
+
+
+@numba.njit(nogil=True, cache=True)
+def _scale(source, scales, shifts, target):
+    for c in range(len(source)):
+        target[c] = source[c] * scales[c] + shifts[c]
+
+
+@numba.njit(nogil=True, cache=True)
+def _add_squared(squared, points, start, stop, ends):
+    for k in range(len(squared)):
+        squared[k] += _squared_distance(points[ends[0, k], start:stop], points[ends[1, k], start:stop])
 
 
 # What keeps NaN and infinity as they are, and lets sums go over SIMD lanes.
@@ -419,19 +508,3 @@ def _squared_distance(a, b):
         difference = np.float64(a[c]) - np.float64(b[c])
         total += difference * difference
     return total
-
-
-@numba.njit(nogil=True, cache=True)
-def _normalise(cloud, first, last, scales, shifts, lowest, highest):
-    """Normalises and clips the blocks of len(scales) columns from `first` to `last`, where they lie.
-
-    From the end, which was read last and may still be in the cache.
-    """
-    period, dimension = len(scales), cloud.shape[1]
-    for block in range(last - 1, first - 1, -1):
-        for r in range(cloud.shape[0]):
-            part = cloud[r, block * period : min((block + 1) * period, dimension)]
-            for c in range(len(part)):
-                value = part[c] * scales[c] + shifts[c]
-                value = lowest if value < lowest else value
-                part[c] = highest if value > highest else value
