@@ -11,15 +11,21 @@ measures, turn by turn in one process, on real images (digits, enlarged):
     the true graph. Not for vit, whose layers an extractor doesn't reach.
 
 It prints medians, and their ratios. "Cold" is all batches with a newly traced
-function. Memory is the allocator's peak, weights included; (c) over (b) is the
-peak over the weights, without the copies that (c) makes in NumPy.
+function. Peaks are the allocator's, weights included. What (c) saves is told in
+two ways: by the allocator's peaks over the weights, and by what a process of its
+own grew by at most (resident size), where NumPy's arrays count too: (c) keeps its
+activations there, and its points.
 """
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -52,59 +58,26 @@ def main(argv=None):
 
 def measure(args):
     """Returns {name of a figure: value}; seconds end in _s, bytes in _bytes."""
-    runtime.load_tensorflow()
-    import keras
+    network, batches = prepare(args)
+
     import tensorflow as tf
 
-    import models
-    from config import Config
     from memory.measure import measured_peak
     from models.batchnorm import calibrate
-    from selection.betti import betti_1_of_each
     from selection.topology import count_bars
 
-    runtime.seed_everything(args.seed)
-    network = models.build(
-        Config(model_name=args.model_name, weights=args.weights, input_size=args.input_size, bn_stats="stored"), 10
-    )
-    batches = [digits(args.batch_size, args.input_size, seed) for seed in range(args.num_betti_batches)]
     calibrate(network.model, batches[0][:32])  # eagerly, where Keras keeps all activations
 
-    def plain_pass():
-        return tf.function(lambda images: network.model(images, training=False), jit_compile=False)
-
     def plain():
-        forward = plain_pass()
+        forward = tf.function(lambda images: network.model(images, training=False), jit_compile=False)
         for images in batches:
             forward(images)
 
     def select():
         count_bars(network, batches, len(batches))
 
-    from selection.activations import distance_pass
-    from selection.distances import num_workers
-
-    collecting = args.collect and args.model_name != "vit"
-    if collecting:
-        extractor = keras.Model(network.model.inputs, [candidate.layer.output for candidate in network.candidates])
-
-    def collect():
-        return [published_count(activation) for activation in extractor.predict(batches[0], verbose=0)]
-
-    steady_plain = plain_pass()
-    with distance_pass(network) as distances:
-
-        def steady_select():
-            return betti_1_of_each(distances(batches[0]), num_workers())
-
-        turns = {
-            "forward": lambda: steady_plain(batches[0]),
-            "selection": steady_select,
-            "forward_cold": plain,
-            "selection_cold": select,
-        }
-        if collecting:
-            turns["collect"] = collect
+    with steady_roads(network, batches[0], args) as turns:
+        turns |= {"forward_cold": plain, "selection_cold": select}
         for turn in turns.values():  # whatever is loaded or compiled once a process
             turn()
         times = {name: [] for name in turns}
@@ -128,13 +101,79 @@ def measure(args):
         "ratio_to_forward_cold": time_s["selection_cold"] / time_s["forward_cold"],
         "peak_ratio_to_inference": peak_bytes["selection"] / peak_bytes["forward"],
     }
-    if collecting:
+    if "collect" in turns:
+        with tempfile.TemporaryDirectory() as folder:
+            network.model.save_weights(weights := f"{folder}/calibrated.weights.h5")
+            grown = {road: grown_bytes(args, weights, road) for road in ("forward", "selection", "collect")}
+        figures |= {f"{road}_grown_bytes": value for road, value in grown.items()}
         figures |= {
             "speedup_over_collect": time_s["collect"] / time_s["selection"],
-            "memory_saving_over_collect": (peak_bytes["collect"] - weights_bytes)
+            "allocator_saving_over_collect": (peak_bytes["collect"] - weights_bytes)
             / (peak_bytes["selection"] - weights_bytes),
+            "memory_saving_over_collect": grown["collect"] / grown["selection"],
         }
     return figures
+
+
+def prepare(args):
+    """Returns the models.Network, its statistics not calibrated yet, and the batches of images."""
+    runtime.load_tensorflow()
+    import models
+    from config import Config
+
+    runtime.seed_everything(args.seed)
+    network = models.build(
+        Config(model_name=args.model_name, weights=args.weights, input_size=args.input_size, bn_stats="stored"), 10
+    )
+    return network, [digits(args.batch_size, args.input_size, seed) for seed in range(args.num_betti_batches)]
+
+
+@contextlib.contextmanager
+def steady_roads(network, images, args):
+    """Gives {name of a road: function} that take `images` down that road, traced at their first call."""
+    import keras
+    import tensorflow as tf
+
+    from selection.activations import distance_pass
+    from selection.betti import betti_1_of_each
+    from selection.distances import num_workers
+
+    forward = tf.function(lambda images: network.model(images, training=False), jit_compile=False)
+    with distance_pass(network) as distances:
+        roads = {
+            "forward": lambda: forward(images),
+            "selection": lambda: betti_1_of_each(distances(images), num_workers()),
+        }
+        if args.collect and args.model_name != "vit":
+            extractor = keras.Model(network.model.inputs, [candidate.layer.output for candidate in network.candidates])
+            roads["collect"] = lambda: [published_count(a) for a in extractor.predict(images, verbose=0)]
+        yield roads
+
+
+def grown_bytes(args, weights, road):
+    """Returns by how much a new process' resident size grows at most when it goes a road."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(_grown_here, args, weights, road).result()
+
+
+def _grown_here(args, weights, road):
+    network, batches = prepare(args)
+    network.model.load_weights(weights)
+
+    import gudhi.sklearn.rips_persistence  # noqa: F401  what is loaded counts for no road
+    import ripser  # noqa: F401
+
+    status = Path("/proc/self/status")  # Linux keeps there what the resident size is, and was at most
+
+    def bytes_of(name):
+        [line] = [line for line in status.read_text().splitlines() if line.startswith(name)]
+        return int(line.split()[1]) * 1024
+
+    with steady_roads(network, batches[0], args) as roads:
+        before = bytes_of("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the highest so far counts from here
+        roads[road]()
+        return bytes_of("VmHWM") - before
 
 
 def digits(num_images, size, seed):
