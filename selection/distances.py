@@ -37,7 +37,8 @@ _UNIT = 2.0**-24  # float32's unit roundoff
 # one of each halving of the lanes, and two of a weight and its product.
 _ERROR = (2 + _STEPS + np.log2(LANES) + 2) * _UNIT
 
-# Squared distances outside of this range may have lost terms to float32's ends.
+# Squared distances outside of this range may have lost terms to float32's ends
+# (a weighted sum, where it is smaller than _SMALLEST times the largest weight).
 _SMALLEST, _LARGEST = 1e-25, 1e30
 
 # Where more pairs than _SAMPLE are in doubt by the worst case, so many are summed
@@ -77,7 +78,7 @@ def pairwise_distances(cloud, pool=None, num_parts=1):
     """
     cloud = np.ascontiguousarray(cloud)
     plain, _ = _sums(cloud, None, pool, num_parts)
-    pairs = _pairs(plain, None, lambda pairs: _sum_again(cloud, _AS_IT_IS, pairs, pool, num_parts))
+    pairs = _pairs(plain, None, _SMALLEST, lambda ends: _sum_again(cloud, _AS_IT_IS, ends, pool, num_parts))
     pairs.values[pairs.unsure] = _sum_again(cloud, _AS_IT_IS, pairs.ends[:, pairs.unsure], pool, num_parts)
     return _symmetric(pairs, len(cloud))
 
@@ -107,8 +108,9 @@ def normalised_distances(cloud, scale, shift, bounds, pool=None, num_parts=1):
     # An element is off by one rounding of s x and one of the sum, at most |s x| + |t|.
     offset = np.sqrt(dimension // len(shift)) * np.linalg.norm(shift.astype(np.float64))
     noise = (1 + 1e-6) * _UNIT * (2 * np.sqrt(np.diagonal(weighted)) + offset)
-    before = _pairs(plain, None, lambda pairs: _sum_again(cloud, _AS_IT_IS, pairs, pool, num_parts))
-    after = _pairs(weighted, noise, lambda pairs: _sum_again(cloud, scaling, pairs, pool, num_parts))
+    smallest = _SMALLEST * max(1, float(np.abs(scale).max()) ** 2)
+    before = _pairs(plain, None, _SMALLEST, lambda ends: _sum_again(cloud, _AS_IT_IS, ends, pool, num_parts))
+    after = _pairs(weighted, noise, smallest, lambda ends: _sum_again(cloud, scaling, ends, pool, num_parts))
 
     def last_reading(first, last):
         return _normalise(cloud, scaling, *bounds, before.ends[:, before.unsure], after.ends[:, after.unsure], first, last)
@@ -190,17 +192,18 @@ class _Pairs(NamedTuple):
     unsure: np.ndarray
 
 
-def _pairs(squared, noise, sum_again):
+def _pairs(squared, noise, smallest, sum_again):
     """Returns the `_Pairs` of squared distances that are good to some error.
 
     Args:
         squared: float64 array of shape (n, n), as `_sums` returns.
         noise: float64 array of shape (n,). How far each point may lie, in
             Euclidean norm, from the one that `squared` speaks of. None is zero.
+        smallest: float. Below this a value has no known error.
         sum_again: function (ends) -> the exact values of some pairs.
     """
     ends, values, errors = _pairs_above(squared, np.zeros(len(squared)) if noise is None else noise)
-    unsure = _in_doubt(values, errors, np.argsort(values))
+    unsure = _in_doubt(values, errors, np.argsort(values), smallest)
     if len(unsure) > _SAMPLE:
         sample = unsure[:: len(unsure) // _SAMPLE]
         exact = sum_again(ends[:, sample])
@@ -209,7 +212,7 @@ def _pairs(squared, noise, sum_again):
         values[sample] = exact
         errors = np.minimum(errors, _MARGIN * seen)
         errors[sample] = 0
-        unsure = np.setdiff1d(_in_doubt(values, errors, np.argsort(values)), sample, assume_unique=True)
+        unsure = np.setdiff1d(_in_doubt(values, errors, np.argsort(values), smallest), sample, assume_unique=True)
     return _Pairs(ends, values, unsure)
 
 
@@ -251,14 +254,10 @@ def _sums_of_rounds(cloud, start, stop, weights, is_weighted):
     tiles = (num_points + SIDE - 1) // SIDE
     padded = tiles * SIDE
     groups = len(weights) // LANES
-    room = max(1, _PACKED_BYTES // (padded * _VECTOR_BYTES))  # vectors a row
-    steps = min(_STEPS, room)
-    if is_weighted:
-        wide = max(1, min(groups, room // steps))
-        deep = steps * max(1, min(8, room // (steps * wide)))
-    else:
-        wide = groups
-        deep = steps * max(1, room // (steps * wide))
+    room = max(_STEPS, _PACKED_BYTES // (padded * _VECTOR_BYTES))  # vectors a row
+    # Wide before deep: neighbours come from memory together.
+    wide = min(groups, room // _STEPS)
+    deep = room // (_STEPS * wide) * _STEPS
     across = (groups + wide - 1) // wide
     pieces = across * ((stop - start + deep - 1) // deep)
 
@@ -277,7 +276,7 @@ def _sums_of_rounds(cloud, start, stop, weights, is_weighted):
         begin, first = start + (piece + 1) // across * deep, (piece + 1) % across * wide
         ahead = (num_points, max(0, min(deep, stop - begin)), min(wide, groups - first))
         _add_tiles(
-            target, tiles, row, width, depth, steps, lane_weights + lanes, plain, second,
+            target, tiles, row, width, depth, lane_weights + lanes, plain, second,
             source + begin * from_round + first * _VECTOR_BYTES, ahead, from_row, from_round,
         )  # fmt: skip
     packed[0, 0, 0, 0] = 0  # it has to live to here: the addresses alone don't keep it
@@ -286,6 +285,15 @@ def _sums_of_rounds(cloud, start, stop, weights, is_weighted):
 
 @numba.njit(nogil=True, cache=True)
 def _pack(source, target, shape, from_row, from_round, padded, row):
+    """Copies a piece of a cloud to float32 of shape (width, padded, row, LANES).
+
+    Args:
+        source, target: addresses.
+        shape: rows, rounds and groups of lanes of the piece.
+        from_row, from_round: int. Bytes from one to the next in the cloud.
+        padded: int. Rows to write; those that the cloud hasn't are its last one.
+        row: int. Vectors from one row to the next in `target`.
+    """
     num_rows, depth, width = shape
     for r in range(padded):
         for t in range(depth):
@@ -296,16 +304,25 @@ def _pack(source, target, shape, from_row, from_round, padded, row):
 
 
 @numba.njit(nogil=True, cache=True)
-def _add_tiles(packed, tiles, row, width, depth, steps, weights, plain, second, ahead, shape_ahead, from_row, from_round):
+def _add_tiles(packed, tiles, row, width, depth, weights, plain, second, ahead, shape_ahead, from_row, from_round):
+    """Adds a packed piece's squared differences to the totals, and asks for the next piece bit by bit.
+
+    Args:
+        packed: address of the piece; `tiles`, `row`: see `_sums_of_rounds`.
+        width, depth: int. Its groups of lanes and its rounds.
+        weights: address of the groups' weights.
+        plain, second: addresses of the totals; `second` is 0 where nothing is weighted.
+        ahead, shape_ahead, from_row, from_round: the next piece, as `_pack` takes it.
+    """
     rows_ahead, depth_ahead, width_ahead = shape_ahead
-    calls = width * ((depth + steps - 1) // steps) * tiles * (tiles + 1) // 2
+    calls = width * ((depth + _STEPS - 1) // _STEPS) * tiles * (tiles + 1) // 2
     vectors = rows_ahead * depth_ahead * width_ahead
     share = (vectors + calls - 1) // calls
     r, t, g = 0, 0, 0
     for h in range(width):
-        for begin in range(0, depth, steps):
+        for begin in range(0, depth, _STEPS):
             base = packed + (h * tiles * SIDE * row + begin) * _VECTOR_BYTES
-            count = min(steps, depth - begin)
+            count = min(_STEPS, depth - begin)
             factors = weights + h * _VECTOR_BYTES
             for i in range(tiles):
                 a = base + i * SIDE * row * _VECTOR_BYTES
@@ -373,7 +390,7 @@ def _pairs_above(squared, noise):
 
 
 @numba.njit(nogil=True, cache=True)
-def _in_doubt(squared, errors, order):
+def _in_doubt(squared, errors, order, smallest):
     """Returns the indices of the squared distances that could change places, or tie, with another one.
 
     Args:
@@ -381,6 +398,7 @@ def _in_doubt(squared, errors, order):
             each may be off, relatively.
         order: int array of shape (pairs,). What sorts the values; NumPy sorts
             faster than Numba.
+        smallest: see `_pairs`.
     """
     pairs = len(squared)
     # What lies above each place at least. NaN compares false, and so is in doubt.
@@ -396,7 +414,7 @@ def _in_doubt(squared, errors, order):
         pair = order[k]
         value = squared[pair]
         sure = below < value * (1 - errors[pair]) and value * (1 + errors[pair]) < above[k + 1]
-        if not (sure and value > _SMALLEST and value < _LARGEST):
+        if not (sure and value > smallest and value < _LARGEST):
             unsure[count] = pair
             count += 1
         below = max(below, value * (1 + errors[pair]))
