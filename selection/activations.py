@@ -21,6 +21,7 @@ from selection.normalisation import normalisations_behind
 # Columns that a device other than the CPU turns into double precision at a time.
 _DEVICE_BLOCK = 1 << 16
 
+
 @contextlib.contextmanager
 def distance_pass(network):
     """Gives a function from a batch of images to the distances in every candidate's output.
@@ -59,14 +60,13 @@ def _reduced_pass(network, normalisations, reduce, images):
             # Branches one after the other, so that their activations don't meet.
             with tf.control_dependencies(list(reduced.values())[-1:]):
                 output = call(*args, **kwargs)
-            if layer.path in reduced:
+            normalisation = normalisations.get(layer.path)
+            if layer.path in reduced and normalisation is None:
                 return output
-            if layer.path in normalisations:
-                normalisation = normalisations[layer.path]
-                matrices, output = reduce(output, normalisation)
-                reduced[layer.path], reduced[normalisation.layer.path] = matrices
-                return output
-            [reduced[layer.path]], output = reduce(output)
+            matrices, output = reduce(output, normalisation)
+            paths = [layer.path] if normalisation is None else [layer.path, normalisation.layer.path]
+            for path, matrix in zip(paths, matrices, strict=True):
+                reduced.setdefault(path, matrix)
             return output
 
         return call_and_reduce
@@ -91,7 +91,7 @@ def _reduction_on_cpu(pool, workers):
     the pass goes on with is normalised and clipped.
     """
 
-    def reduce(output, normalisation=None):
+    def reduce(output, normalisation):
         def in_numpy(activation):
             cloud = activation.reshape(len(activation), -1)
             if normalisation is None:
@@ -126,7 +126,7 @@ def _numpy_sees_tensors():
     return bool(tf.reduce_all(written(tf.ones(64)) == 1))
 
 
-def _reduction_on_device(output):
+def _reduction_on_device(output, _):
     gram = _gram_on_device(tf.cast(tf.reshape(output, (tf.shape(output)[0], -1)), tf.float32))
     with tf.control_dependencies([gram]):
         return [gram], tf.identity(output)

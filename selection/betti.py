@@ -94,5 +94,11 @@ def _ranks(distances):
     # float32's range.
     _, exponent = np.frexp(distances.max(initial=0.0))
     rounded = np.ldexp(distances, -exponent).astype(np.float32)
-    _, ranks = np.unique(rounded, return_inverse=True)
-    return ranks.reshape(rounded.shape).astype(np.float64)
+    above = np.triu_indices(len(rounded), 1)
+    values = rounded[above]
+    order = np.argsort(values)
+    ranks = np.empty(len(values))
+    ranks[order] = np.cumsum(np.diff(values[order], prepend=np.float32(0)) > 0)  # zero has rank zero
+    matrix = np.zeros(rounded.shape)
+    matrix[above] = ranks
+    return matrix + matrix.T

@@ -254,7 +254,7 @@ def _sums_of_rounds(cloud, start, stop, weights, is_weighted):
     tiles = (num_points + SIDE - 1) // SIDE
     padded = tiles * SIDE
     groups = len(weights) // LANES
-    room = max(_STEPS, _PACKED_BYTES // (padded * _VECTOR_BYTES))  # vectors a row
+    room = max(4 * _STEPS, _PACKED_BYTES // (padded * _VECTOR_BYTES))  # vectors a row
     # Wide before deep: neighbours come from memory together.
     wide = min(groups, room // _STEPS)
     deep = room // (_STEPS * wide) * _STEPS
