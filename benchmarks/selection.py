@@ -161,7 +161,13 @@ def _grown_here(args, weights, road):
     network.model.load_weights(weights)
 
     import gudhi.sklearn.rips_persistence  # noqa: F401  what is loaded counts for no road
-    import ripser  # noqa: F401
+    import scipy.spatial.distance  # noqa: F401
+
+    from selection.distances import normalised_distances, pairwise_distances
+
+    published_count(np.random.default_rng(0).normal(size=(8, 3)))
+    pairwise_distances(cloud := np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32))
+    normalised_distances(cloud, *np.ones((2, 8), np.float32), (np.float32(0), np.float32(6)))
 
     status = Path("/proc/self/status")  # Linux keeps there what the resident size is, and was at most
 

@@ -6,6 +6,7 @@ for that, so that no activation lives longer than in plain inference.
 """
 
 import contextlib
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -17,6 +18,8 @@ from models.batchnorm import statistics_kept
 from models.layers import calls_replaced
 from selection.distances import from_gram, normalised_distances, num_workers, pairwise_distances
 from selection.normalisation import normalisations_behind
+
+log = logging.getLogger("adabet")
 
 # Columns that a device other than the CPU turns into double precision at a time.
 _DEVICE_BLOCK = 1 << 16
@@ -41,7 +44,10 @@ def distance_pass(network):
     on_cpu = runtime.device().startswith("CPU")
     with ThreadPoolExecutor(num_workers()) as pool:
         reduce = _reduction_on_cpu(pool, num_workers()) if on_cpu else _reduction_on_device
-        normalisations = normalisations_behind(network) if on_cpu and _numpy_sees_tensors() else {}
+        normalisations = normalisations_behind(network) if on_cpu else {}
+        if normalisations and not _numpy_sees_tensors():
+            log.info("NumPy can't write to this TensorFlow's tensors: normalisations run in TensorFlow, which is slower.")
+            normalisations = {}
         reduced_pass = tf.function(partial(_reduced_pass, network, normalisations, reduce), jit_compile=False)
 
         def distances(images):
@@ -114,8 +120,9 @@ def _numpy_sees_tensors():
     """
 
     def write(array):
-        array[:] = 1
-        return array[0]
+        if array.flags.writeable:
+            array[:] = 1
+        return np.float32(1)
 
     @tf.function
     def written(tensor):

@@ -4,8 +4,8 @@ A cloud of n points is an (n, d) matrix with n of tens and d of up to millions:
 rows are images, columns the elements of one layer's activation. Reading it is
 what costs, so it is read once, in single precision and by all cores; the few
 distances whose order that can't settle are then taken again in double
-precision. Betti numbers hang on the order of the distances alone, so they are
-those of double precision throughout.
+precision. Betti numbers hang on the order of the distances, and on ties to
+float32's last digit, alone: so they are those of double precision throughout.
 
 A batch normalisation by stored statistics scales and shifts each channel of its
 input. The same reading that gives the input's distances gives the output's too,
@@ -41,10 +41,15 @@ _ERROR = (2 + _STEPS + np.log2(LANES) + 2) * _UNIT
 # (a weighted sum, where it is smaller than _SMALLEST times the largest weight).
 _SMALLEST, _LARGEST = 1e-25, 1e30
 
-# Where more pairs than _SAMPLE are in doubt by the worst case, so many are summed
-# again first. Roundings hardly ever all go one way: the error is then taken to
-# be at most _MARGIN times the largest that these show.
+# Where more pairs than _SAMPLE are in doubt by the worst case, at most so many are
+# summed again first. Roundings hardly ever all go one way: every pair's error is
+# then taken to be at most _MARGIN times that share of its worst case that these
+# show. No proof, but a good wager; smaller clouds do without it.
 _SAMPLE, _MARGIN = 32, 4
+
+# Distances that are the same in float32 tie (betti.py): squares further apart than
+# this, relatively, don't.
+_TIE = 2.0**-22
 
 # Columns that are read again, or normalised, at a time, at least.
 _BLOCK = 1024
@@ -76,10 +81,10 @@ def pairwise_distances(cloud, pool=None, num_parts=1):
         order of the true distances (up to float64's rounding); NaN or infinite
         somewhere where the cloud is not finite.
     """
-    cloud = np.ascontiguousarray(cloud)
+    cloud = np.ascontiguousarray(cloud, np.float32)
     plain, _ = _sums(cloud, None, pool, num_parts)
     pairs = _pairs(plain, None, _SMALLEST, lambda ends: _sum_again(cloud, _AS_IT_IS, ends, pool, num_parts))
-    pairs.values[pairs.unsure] = _sum_again(cloud, _AS_IT_IS, pairs.ends[:, pairs.unsure], pool, num_parts)
+    pairs.values[pairs.unsure] = _sum_again(cloud, _AS_IT_IS, np.ascontiguousarray(pairs.ends[:, pairs.unsure]), pool, num_parts)
     return _symmetric(pairs, len(cloud))
 
 
@@ -100,8 +105,15 @@ def normalised_distances(cloud, scale, shift, bounds, pool=None, num_parts=1):
 
     Returns:
         two float64 arrays of shape (n, n), as `pairwise_distances` gives them.
+
+    Raises:
+        ValueError: an array is not as said above.
     """
     dimension = cloud.shape[1]
+    if not cloud.flags.c_contiguous or {cloud.dtype, scale.dtype, shift.dtype} != {np.dtype(np.float32)}:
+        raise ValueError("cloud, scale and shift must be float32, and cloud C-contiguous")
+    if dimension % len(scale):
+        raise ValueError(f"a cloud's columns must be a multiple of its channels. Received: {dimension}, {len(scale)}")
     repeats = -(-_BLOCK // len(scale))
     scaling = np.tile(np.stack([scale, shift]), repeats)
     plain, weighted = _sums(cloud, scale, pool, num_parts)
@@ -112,8 +124,10 @@ def normalised_distances(cloud, scale, shift, bounds, pool=None, num_parts=1):
     before = _pairs(plain, None, _SMALLEST, lambda ends: _sum_again(cloud, _AS_IT_IS, ends, pool, num_parts))
     after = _pairs(weighted, noise, smallest, lambda ends: _sum_again(cloud, scaling, ends, pool, num_parts))
 
+    before_ends, after_ends = (np.ascontiguousarray(pairs.ends[:, pairs.unsure]) for pairs in (before, after))
+
     def last_reading(first, last):
-        return _normalise(cloud, scaling, *bounds, before.ends[:, before.unsure], after.ends[:, after.unsure], first, last)
+        return _normalise(cloud, scaling, *bounds, before_ends, after_ends, first, last)
 
     parts = _shared_out(last_reading, -(-dimension // scaling.shape[1]), cloud.size, pool, num_parts)
     for pairs, squared in zip((before, after), zip(*parts)):
@@ -143,7 +157,7 @@ def _sums(cloud, scale, pool, num_parts):
         it their squared norms; the second with each column's terms weighted by
         its squared scale, or with no meaning where there is none.
     """
-    num_points, dimension = cloud.shape
+    dimension = cloud.shape[1]
     is_weighted = scale is not None
     if is_weighted:
         with np.errstate(over="ignore"):  # an infinite weight shows in the distances
@@ -202,18 +216,30 @@ def _pairs(squared, noise, smallest, sum_again):
         smallest: float. Below this a value has no known error.
         sum_again: function (ends) -> the exact values of some pairs.
     """
-    ends, values, errors = _pairs_above(squared, np.zeros(len(squared)) if noise is None else noise)
-    unsure = _in_doubt(values, errors, np.argsort(values), smallest)
+    ends, values, low, high = _pairs_above(squared, np.zeros(len(squared)) if noise is None else noise)
+    unsure = _in_doubt(values, low, high, np.argsort(values), smallest)
     if len(unsure) > _SAMPLE:
-        sample = unsure[:: len(unsure) // _SAMPLE]
-        exact = sum_again(ends[:, sample])
-        apart = exact > 0  # points that are one have no relative error
-        seen = np.abs(values[sample][apart] / exact[apart] - 1).max(initial=0)
-        values[sample] = exact
-        errors = np.minimum(errors, _MARGIN * seen)
-        errors[sample] = 0
-        unsure = np.setdiff1d(_in_doubt(values, errors, np.argsort(values), smallest), sample, assume_unique=True)
+        sample = unsure[:: -(-len(unsure) // _SAMPLE)]
+        exact = sum_again(np.ascontiguousarray(ends[:, sample]))
+        worst = np.maximum(values - low, high - values)[sample]
+        off = np.abs(values[sample] - exact)[worst > 0] / worst[worst > 0]
+        share = min(1, _MARGIN * np.nan_to_num(off, nan=1).max()) if len(off) else 1
+        values = _put(values, sample, exact)
+        low = _put(values - share * (values - low), sample, exact)
+        high = _put(values + share * (high - values), sample, exact)
+        # A value so little known that it may tie has to keep clear of all that it may tie with.
+        may_tie = np.sqrt(low).astype(np.float32) != np.sqrt(high).astype(np.float32)
+        low = np.where(may_tie, low * (1 - _TIE), low)
+        high = np.where(may_tie, high * (1 + _TIE), high)
+        unsure = np.setdiff1d(_in_doubt(values, low, high, np.argsort(values), smallest), sample, assume_unique=True)
     return _Pairs(ends, values, unsure)
+
+
+def _put(values, where, new):
+    """Returns a copy of `values` with `new` at the indices `where`."""
+    changed = values.copy()
+    changed[where] = new
+    return changed
 
 
 def _sum_again(cloud, scaling, ends, pool, num_parts):
@@ -264,8 +290,10 @@ def _sums_of_rounds(cloud, start, stop, weights, is_weighted):
     totals = np.zeros((2, tiles, tiles, SIDE, SIDE))
     row = deep + 1  # not a power of two, which would map all rows to the same cache lines
     packed = np.empty((wide, padded, row, LANES), np.float32)
-    source, target, lane_weights = cloud.ctypes.data, packed.ctypes.data, weights.ctypes.data
-    plain, second = totals.ctypes.data, totals[1].ctypes.data if is_weighted else 0
+    # Signed, all of them: Numba would make floats of a mixture.
+    source, target = np.int64(cloud.ctypes.data), np.int64(packed.ctypes.data)
+    lane_weights, plain = np.int64(weights.ctypes.data), np.int64(totals.ctypes.data)
+    second = np.int64(totals[1].ctypes.data) if is_weighted else np.int64(0)
     from_row, from_round = 4 * dimension, groups * _VECTOR_BYTES
     for piece in range(pieces):
         begin, first = start + piece // across * deep, piece % across * wide
@@ -329,7 +357,7 @@ def _add_tiles(packed, tiles, row, width, depth, weights, plain, second, ahead, 
                 for j in range(i, tiles):
                     b = base + j * SIDE * row * _VECTOR_BYTES
                     place = (i * tiles + j) * SIDE * SIDE * 8
-                    sums = second + place if second else 0
+                    sums = second + place if second else np.int64(0)
                     if i == j:
                         tile_on_diagonal(a, b, row, count, factors, plain + place, sums)
                     else:
@@ -371,53 +399,53 @@ def _add_rest(cloud, start, weights, totals):
 
 @numba.njit(nogil=True, cache=True)
 def _pairs_above(squared, noise):
-    """Returns the ends, values and relative errors of the pairs above the diagonal.
+    """Returns the ends, values and the values' lower and upper bounds of the pairs above the diagonal.
 
-    The errors are bounds; `noise` as in `_pairs`.
+    `noise` as in `_pairs`; where that or the value is NaN, so are the bounds.
     """
     num_points = len(squared)
     pairs = num_points * (num_points - 1) // 2
     ends = np.empty((2, pairs), np.int64)
-    values, errors = np.empty(pairs), np.empty(pairs)
+    values, low, high = np.empty(pairs), np.empty(pairs), np.empty(pairs)
     k = 0
     for i in range(num_points):
         for j in range(i + 1, num_points):
             far = noise[i] + noise[j]
             ends[0, k], ends[1, k], values[k] = i, j, squared[i, j]
-            errors[k] = (1 + _ERROR) * (1 + far / np.sqrt(squared[i, j])) ** 2 - 1 if far > 0 else _ERROR
+            nearest = np.sqrt(squared[i, j] / (1 + _ERROR)) - far
+            low[k] = 0.0 if nearest < 0 else nearest * nearest
+            high[k] = (np.sqrt(squared[i, j] / (1 - _ERROR)) + far) ** 2
             k += 1
-    return ends, values, errors
+    return ends, values, low, high
 
 
 @numba.njit(nogil=True, cache=True)
-def _in_doubt(squared, errors, order, smallest):
-    """Returns the indices of the squared distances that could change places, or tie, with another one.
+def _in_doubt(values, low, high, order, smallest):
+    """Returns the indices of the values that could change places, or tie, with another one.
 
     Args:
-        squared, errors: float64 arrays of shape (pairs,). Values, and how much
-            each may be off, relatively.
+        values, low, high: float64 arrays of shape (pairs,). Squared distances, and
+            bounds of each.
         order: int array of shape (pairs,). What sorts the values; NumPy sorts
             faster than Numba.
         smallest: see `_pairs`.
     """
-    pairs = len(squared)
+    pairs = len(values)
     # What lies above each place at least. NaN compares false, and so is in doubt.
     above = np.empty(pairs + 1)
     above[pairs] = np.inf
     for k in range(pairs - 1, -1, -1):
-        pair = order[k]
-        above[k] = min(above[k + 1], squared[pair] * (1 - errors[pair]))
+        above[k] = min(above[k + 1], low[order[k]])
     unsure = np.empty(pairs, np.int64)
     count = 0
     below = -1.0
     for k in range(pairs):
         pair = order[k]
-        value = squared[pair]
-        sure = below < value * (1 - errors[pair]) and value * (1 + errors[pair]) < above[k + 1]
-        if not (sure and value > smallest and value < _LARGEST):
+        sure = below < low[pair] and high[pair] < above[k + 1]
+        if not (sure and smallest < values[pair] < _LARGEST):
             unsure[count] = pair
             count += 1
-        below = max(below, value * (1 + errors[pair]))
+        below = max(below, high[pair])
     return unsure[:count]
 
 
@@ -481,17 +509,16 @@ def _normalise(cloud, scaling, lowest, highest, ends, scaled_ends, first, last):
     scales, shifts = scaling[0], scaling[1]
     width = len(scales)
     is_end = _ends_among(num_points, scaled_ends)
-    block = np.empty((num_points, width), np.float32)
+    block = np.empty((num_points + 1, width), np.float32)  # the last row is for those that nobody asks for
     squared, squared_scaled = np.zeros(ends.shape[1]), np.zeros(scaled_ends.shape[1])
     for k in range(last - 1, first - 1, -1):
         start, stop = k * width, min((k + 1) * width, dimension)
         _add_squared(squared, cloud, start, stop, ends)
         for r in range(num_points):
-            part = cloud[r, start:stop]
-            if is_end[r]:
-                _scale(part, scales, shifts, block[r])
+            part, scaled = cloud[r, start:stop], block[r if is_end[r] else num_points]
             for c in range(len(part)):
                 value = part[c] * scales[c] + shifts[c]
+                scaled[c] = value
                 value = lowest if value < lowest else value
                 part[c] = highest if value > highest else value
         _add_squared(squared_scaled, block, 0, stop - start, scaled_ends)

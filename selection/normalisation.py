@@ -12,7 +12,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-# Layers whose output is a new array that nothing else refers to.
+# Layers whose output is a new array that nothing else refers to. Layers are told by
+# their very class: a subclass may compute something else.
 _PRODUCERS = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
 
 # Channels have to come in multiples of this for their scales to fit SIMD lanes.
@@ -49,21 +50,15 @@ def normalisations_behind(network):
     """
     if network.bn_stats != "stored":  # by the batch's statistics the scales are not known beforehand
         return {}
-    given_out = {id(output) for model in _functional_models(network.model) for output in model.outputs}
+    within = network.model._flatten_layers(include_self=True)
+    given_out = {id(output) for layer in within for output in getattr(layer, "outputs", None) or ()}
     found = {}
     for candidate in network.candidates:
         producer = candidate.layer
         layer = _only_consumer(producer, given_out)
-        if isinstance(producer, _PRODUCERS) and isinstance(layer, keras.layers.BatchNormalization) and _is_simple(layer):
+        if type(producer) in _PRODUCERS and type(layer) is keras.layers.BatchNormalization and _is_simple(layer):
             found[candidate.path] = _normalisation(layer, _only_consumer(layer, given_out))
     return found
-
-
-def _functional_models(model):
-    yield model
-    for layer in model.layers:
-        if isinstance(layer, keras.Model):
-            yield from _functional_models(layer)
 
 
 def _only_consumer(layer, given_out):
@@ -99,8 +94,8 @@ def _normalisation(layer, consumer):
 
 def _clips_at(layer):
     """Returns the highest value that a layer lets through if it clips at zero and there only, else None."""
-    if isinstance(layer, keras.layers.ReLU) and not layer.negative_slope and not layer.threshold:
+    if type(layer) is keras.layers.ReLU and not layer.negative_slope and not layer.threshold:
         return np.inf if layer.max_value is None else layer.max_value
-    if isinstance(layer, keras.layers.Activation):
+    if type(layer) is keras.layers.Activation:
         return {keras.activations.relu: np.inf, keras.activations.relu6: 6}.get(layer.activation)
     return None

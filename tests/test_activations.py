@@ -118,6 +118,7 @@ def test_normalising_in_place_gives_the_bits_of_the_framework(model_name, monkey
     images, _ = digits_images(BATCH, 32)
     with distance_pass(network) as distances:
         in_place = distances(images)
+    assert activations._numpy_sees_tensors()
     monkeypatch.setattr(activations, "_numpy_sees_tensors", lambda: False)
     with distance_pass(network) as distances:
         by_framework = distances(images)

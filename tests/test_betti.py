@@ -10,6 +10,7 @@ from scipy.spatial.distance import pdist, squareform
 from selection.betti import betti_1, betti_1_of_each
 from selection.distances import normalised_distances, pairwise_distances
 
+UNBOUNDED = (np.float32(-np.inf), np.float32(np.inf))
 SQUARE = np.array([[0.0, 0], [1, 0], [1, 1], [0, 1]])
 
 
@@ -162,7 +163,7 @@ def same_order(found, expected):
     np.testing.assert_array_equal(np.argsort(found[upper]), np.argsort(expected[upper]))
 
 
-@pytest.mark.parametrize("shape, channels", [((32, 16 * 24), 24), ((7, 49 * 160), 160), ((33, 5000 * 8), 8), ((70, 900 * 96), 96)])
+@pytest.mark.parametrize("shape, channels", [((32, 24), 24), ((3, 7 * 24), 24), ((7, 49 * 160), 160), ((33, 5001 * 12), 12), ((70, 900 * 96), 96)])
 @pytest.mark.parametrize("num_parts", [1, 3])
 def test_one_reading_gives_the_distances_before_and_after_a_normalisation(shape, channels, num_parts):
     rng = np.random.default_rng(7)
@@ -188,14 +189,52 @@ def test_a_normalisations_rounding_is_reckoned_with():
     upper = np.triu_indices(24, 1)
     wrong = np.argsort(distances_of(unrounded.reshape(24, -1))[upper]) != np.argsort(expected[upper])
     assert wrong.any()
-    _, found = normalised_distances(images.reshape(24, -1), scale, shift, (-np.inf, np.inf))
+    _, found = normalised_distances(images.reshape(24, -1), scale, shift, UNBOUNDED)
     same_order(found, expected)
 
 
-def test_what_a_normalisation_makes_infinite_shows():
-    cloud = np.random.default_rng(5).normal(size=(6, 800)).astype(np.float32)
-    before, after = normalised_distances(cloud, np.full(8, 3e38, np.float32), np.zeros(8, np.float32), (-np.inf, np.inf))
+@pytest.mark.parametrize("scale, shift", [(3e38, 0), (1, np.nan), (1, np.inf)])
+def test_what_a_normalisation_makes_infinite_shows(scale, shift):
+    cloud = np.random.default_rng(5).normal(size=(4, 800)).astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        before, after = normalised_distances(
+            cloud, np.full(8, scale, np.float32), np.full(8, shift, np.float32), UNBOUNDED
+        )
     assert np.isfinite(before).all() and not np.isfinite(after).all()
+
+
+def test_an_image_that_is_there_twice_stays_so_when_normalised():
+    rng = np.random.default_rng(10)
+    cloud = rng.normal(size=(12, 4000)).astype(np.float32)
+    cloud[9] = cloud[4]
+    scale, shift = rng.normal(size=(2, 16)).astype(np.float32)
+    for found in normalised_distances(cloud, scale, shift, UNBOUNDED):
+        assert found[4, 9] == found[9, 4] == 0 and np.count_nonzero(found == 0) == 12 + 2
+
+
+@pytest.mark.parametrize("scale", [0, 1e-9])
+def test_what_a_normalisation_levels_is_one_point(scale):
+    cloud = np.random.default_rng(11).normal(size=(32, 1000)).astype(np.float32)
+    _, after = normalised_distances(cloud, np.full(8, scale, np.float32), np.ones(8, np.float32), UNBOUNDED)
+    assert not after.any() and (cloud == 1).all()
+
+
+def test_near_duplicates_among_ordinary_images_are_ordered():
+    # Pairs of both kinds in doubt: what is known of the far ones says nothing of the near ones.
+    rng = np.random.default_rng(12)
+    cloud = rng.normal(size=(60, 6000)).astype(np.float32)
+    cloud[40:] = cloud[40] + 1e-5 * rng.normal(size=(20, 6000)).astype(np.float32)
+    scale, shift = (1 + rng.random(8)).astype(np.float32), rng.normal(size=8).astype(np.float32)
+    expected = distances_of((cloud.reshape(-1, 8) * scale + shift).reshape(cloud.shape).astype(np.float64))
+    _, found = normalised_distances(cloud, scale, shift, UNBOUNDED)
+    upper = np.triu_indices(60, 1)
+    np.testing.assert_array_equal(np.argsort(found[upper]), np.argsort(expected[upper]))
+
+
+@pytest.mark.parametrize("cloud", [np.zeros((4, 16)), np.zeros((16, 4), np.float32).T, np.zeros((4, 12), np.float32)])
+def test_a_cloud_that_can_not_be_normalised_is_refused(cloud):
+    with pytest.raises(ValueError, match="must be"):
+        normalised_distances(cloud, *np.ones((2, 8), np.float32), UNBOUNDED)
 
 
 @pytest.mark.parametrize("num_points", [40, 150])
