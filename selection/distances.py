@@ -24,9 +24,9 @@ from selection.tiles import LANES, SIDE, ask_for, copy_vector, tile_of_pairs, ti
 # Vectors that a lane sums up in float32 before the sum goes to float64, at most.
 _STEPS = 16
 
-# Bytes of the packed part of a cloud that is worked on at a time. A common
-# second-level cache holds that, the part that comes next, and as much again.
-_PACKED_BYTES = 1 << 18
+# Bytes of the piece of a cloud that is worked on at a time. A common second-level
+# cache holds that, the piece that comes next, and as much again.
+_PIECE_BYTES = 1 << 18
 
 _VECTOR_BYTES = 4 * LANES
 
@@ -46,10 +46,6 @@ _SMALLEST, _LARGEST = 1e-25, 1e30
 # then taken to be at most _MARGIN times that share of its worst case that these
 # show. No proof, but a good wager; smaller clouds do without it.
 _SAMPLE, _MARGIN = 32, 4
-
-# Distances that are the same in float32 tie (betti.py): squares further apart than
-# this, relatively, don't.
-_TIE = 2.0**-22
 
 # Columns that are read again, or normalised, at a time, at least.
 _BLOCK = 1024
@@ -219,18 +215,17 @@ def _pairs(squared, noise, smallest, sum_again):
     ends, values, low, high = _pairs_above(squared, np.zeros(len(squared)) if noise is None else noise)
     unsure = _in_doubt(values, low, high, np.argsort(values), smallest)
     if len(unsure) > _SAMPLE:
-        sample = unsure[:: -(-len(unsure) // _SAMPLE)]
+        # Those among the first points: few points are then read for it. A value
+        # without a known error can't tell of others'.
+        known = unsure[~(values[unsure] <= smallest)]
+        sample = known[np.argsort(ends[1, known], kind="stable")[:_SAMPLE]]
         exact = sum_again(np.ascontiguousarray(ends[:, sample]))
         worst = np.maximum(values - low, high - values)[sample]
-        off = np.abs(values[sample] - exact)[worst > 0] / worst[worst > 0]
-        share = min(1, _MARGIN * np.nan_to_num(off, nan=1).max()) if len(off) else 1
+        off = np.abs(values[sample] - exact) / worst
+        share = min(1, _MARGIN * np.nan_to_num(off, nan=1).max()) if len(sample) == _SAMPLE else 1
         values = _put(values, sample, exact)
         low = _put(values - share * (values - low), sample, exact)
         high = _put(values + share * (high - values), sample, exact)
-        # A value so little known that it may tie has to keep clear of all that it may tie with.
-        may_tie = np.sqrt(low).astype(np.float32) != np.sqrt(high).astype(np.float32)
-        low = np.where(may_tie, low * (1 - _TIE), low)
-        high = np.where(may_tie, high * (1 + _TIE), high)
         unsure = np.setdiff1d(_in_doubt(values, low, high, np.argsort(values), smallest), sample, assume_unique=True)
     return _Pairs(ends, values, unsure)
 
@@ -267,10 +262,8 @@ def _sum_again(cloud, scaling, ends, pool, num_parts):
 def _sums_of_rounds(cloud, start, stop, weights, is_weighted):
     """Sums squared differences over the rounds from `start` to `stop`.
 
-    A round is len(weights) columns. Piece by piece, some rounds by some lanes'
-    groups, is packed so that each lane's vectors lie behind each other: the tiles
-    read them in order and from the cache, wherever the rows of the cloud lie.
-    While the tiles of one piece are summed, the next is on its way from memory.
+    A round is len(weights) columns. The cloud is read piece by piece, some rounds
+    by some lanes' groups: while one is summed, the next is on its way from memory.
 
     Returns:
         float64 array of shape (2, t, t, 4, 4): plain and weighted sums of tiles
@@ -278,9 +271,8 @@ def _sums_of_rounds(cloud, start, stop, weights, is_weighted):
     """
     num_points, dimension = cloud.shape
     tiles = (num_points + SIDE - 1) // SIDE
-    padded = tiles * SIDE
     groups = len(weights) // LANES
-    room = max(4 * _STEPS, _PACKED_BYTES // (padded * _VECTOR_BYTES))  # vectors a row
+    room = max(_STEPS, _PIECE_BYTES // (num_points * _VECTOR_BYTES))  # vectors a row
     # Wide before deep: neighbours come from memory together.
     wide = min(groups, room // _STEPS)
     deep = room // (_STEPS * wide) * _STEPS
@@ -288,8 +280,8 @@ def _sums_of_rounds(cloud, start, stop, weights, is_weighted):
     pieces = across * ((stop - start + deep - 1) // deep)
 
     totals = np.zeros((2, tiles, tiles, SIDE, SIDE))
-    row = deep + 1  # not a power of two, which would map all rows to the same cache lines
-    packed = np.empty((wide, padded, row, LANES), np.float32)
+    # One vector more than needed: rows a power of two apart share their places in a cache.
+    packed = np.empty((tiles * SIDE, _STEPS + 1, LANES), np.float32)
     # Signed, all of them: Numba would make floats of a mixture.
     source, target = np.int64(cloud.ctypes.data), np.int64(packed.ctypes.data)
     lane_weights, plain = np.int64(weights.ctypes.data), np.int64(totals.ctypes.data)
@@ -297,65 +289,46 @@ def _sums_of_rounds(cloud, start, stop, weights, is_weighted):
     from_row, from_round = 4 * dimension, groups * _VECTOR_BYTES
     for piece in range(pieces):
         begin, first = start + piece // across * deep, piece % across * wide
-        depth, width = min(deep, stop - begin), min(wide, groups - first)
-        lanes = first * _VECTOR_BYTES
-        shape = (num_points, depth, width)
-        _pack(source + begin * from_round + lanes, target, shape, from_row, from_round, padded, row)
+        here = (num_points, min(deep, stop - begin), min(wide, groups - first))
+        at = source + begin * from_round + first * _VECTOR_BYTES
+        factors = lane_weights + first * _VECTOR_BYTES
         begin, first = start + (piece + 1) // across * deep, (piece + 1) % across * wide
         ahead = (num_points, max(0, min(deep, stop - begin)), min(wide, groups - first))
-        _add_tiles(
-            target, tiles, row, width, depth, lane_weights + lanes, plain, second,
-            source + begin * from_round + first * _VECTOR_BYTES, ahead, from_row, from_round,
-        )  # fmt: skip
-    packed[0, 0, 0, 0] = 0  # it has to live to here: the addresses alone don't keep it
+        at_ahead = source + begin * from_round + first * _VECTOR_BYTES
+        _add_piece(at, here, at_ahead, ahead, from_row, from_round, target, factors, plain, second)
+    packed[0, 0, 0] = 0  # it has to live to here: the addresses alone don't keep it
     return totals
 
 
 @numba.njit(nogil=True, cache=True)
-def _pack(source, target, shape, from_row, from_round, padded, row):
-    """Copies a piece of a cloud to float32 of shape (width, padded, row, LANES).
+def _add_piece(at, here, at_ahead, ahead, from_row, from_round, packed, weights, plain, second):
+    """Adds a piece's squared differences to the totals, and asks for the next piece bit by bit.
 
     Args:
-        source, target: addresses.
-        shape: rows, rounds and groups of lanes of the piece.
+        at, at_ahead: addresses of this piece and of the next.
+        here, ahead: rows, rounds and groups of lanes of either.
         from_row, from_round: int. Bytes from one to the next in the cloud.
-        padded: int. Rows to write; those that the cloud hasn't are its last one.
-        row: int. Vectors from one row to the next in `target`.
-    """
-    num_rows, depth, width = shape
-    for r in range(padded):
-        for t in range(depth):
-            at = source + min(r, num_rows - 1) * from_row + t * from_round
-            to = target + (r * row + t) * _VECTOR_BYTES
-            for g in range(width):
-                copy_vector(to + g * padded * row * _VECTOR_BYTES, at + g * _VECTOR_BYTES)
-
-
-@numba.njit(nogil=True, cache=True)
-def _add_tiles(packed, tiles, row, width, depth, weights, plain, second, ahead, shape_ahead, from_row, from_round):
-    """Adds a packed piece's squared differences to the totals, and asks for the next piece bit by bit.
-
-    Args:
-        packed: address of the piece; `tiles`, `row`: see `_sums_of_rounds`.
-        width, depth: int. Its groups of lanes and its rounds.
+        packed: address of float32 of shape (4 * tiles, _STEPS + 1, LANES), to work in.
         weights: address of the groups' weights.
         plain, second: addresses of the totals; `second` is 0 where nothing is weighted.
-        ahead, shape_ahead, from_row, from_round: the next piece, as `_pack` takes it.
     """
-    rows_ahead, depth_ahead, width_ahead = shape_ahead
+    num_rows, depth, width = here
+    rows_ahead, depth_ahead, width_ahead = ahead
+    tiles = (num_rows + SIDE - 1) // SIDE
+    row, tile_bytes = _STEPS + 1, SIDE * (_STEPS + 1) * _VECTOR_BYTES
     calls = width * ((depth + _STEPS - 1) // _STEPS) * tiles * (tiles + 1) // 2
     vectors = rows_ahead * depth_ahead * width_ahead
     share = (vectors + calls - 1) // calls
     r, t, g = 0, 0, 0
     for h in range(width):
         for begin in range(0, depth, _STEPS):
-            base = packed + (h * tiles * SIDE * row + begin) * _VECTOR_BYTES
             count = min(_STEPS, depth - begin)
+            _pack(at + h * _VECTOR_BYTES + begin * from_round, num_rows, count, from_row, from_round, packed)
             factors = weights + h * _VECTOR_BYTES
             for i in range(tiles):
-                a = base + i * SIDE * row * _VECTOR_BYTES
+                a = packed + i * tile_bytes
                 for j in range(i, tiles):
-                    b = base + j * SIDE * row * _VECTOR_BYTES
+                    b = packed + j * tile_bytes
                     place = (i * tiles + j) * SIDE * SIDE * 8
                     sums = second + place if second else np.int64(0)
                     if i == j:
@@ -363,7 +336,7 @@ def _add_tiles(packed, tiles, row, width, depth, weights, plain, second, ahead, 
                     else:
                         tile_of_pairs(a, b, row, count, factors, plain + place, sums)
                     for _ in range(min(share, vectors)):
-                        ask_for(ahead + r * from_row + t * from_round + g * _VECTOR_BYTES)
+                        ask_for(at_ahead + r * from_row + t * from_round + g * _VECTOR_BYTES)
                         g += 1
                         if g == width_ahead:
                             g = 0
@@ -372,6 +345,22 @@ def _add_tiles(packed, tiles, row, width, depth, weights, plain, second, ahead, 
                                 t = 0
                                 r += 1
                     vectors -= share
+
+
+@numba.njit(nogil=True, cache=True)
+def _pack(source, num_rows, count, from_row, from_round, packed):
+    """Copies `count` vectors a row to where they lie behind each other.
+
+    The tiles then read them in order and from the cache, wherever the rows of the
+    cloud lie. Rows missing to whole tiles are the last one again.
+
+    Args:
+        source, packed: addresses; the rest as `_add_piece` has it.
+    """
+    for r in range((num_rows + SIDE - 1) // SIDE * SIDE):
+        at, to = source + min(r, num_rows - 1) * from_row, packed + r * (_STEPS + 1) * _VECTOR_BYTES
+        for t in range(count):
+            copy_vector(to + t * _VECTOR_BYTES, at + t * from_round)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -421,7 +410,10 @@ def _pairs_above(squared, noise):
 
 @numba.njit(nogil=True, cache=True)
 def _in_doubt(values, low, high, order, smallest):
-    """Returns the indices of the values that could change places, or tie, with another one.
+    """Returns the indices of the values whose place among the others is not settled by their bounds.
+
+    That is: which are smaller, which are larger, and which are the same distance
+    in float32, for those tie (betti.py).
 
     Args:
         values, low, high: float64 arrays of shape (pairs,). Squared distances, and
@@ -439,13 +431,18 @@ def _in_doubt(values, low, high, order, smallest):
     unsure = np.empty(pairs, np.int64)
     count = 0
     below = -1.0
+    nearest_below = np.float32(-1)
     for k in range(pairs):
         pair = order[k]
-        sure = below < low[pair] and high[pair] < above[k + 1]
+        nearest, farthest = np.float32(np.sqrt(low[pair])), np.float32(np.sqrt(high[pair]))
+        ordered = below < low[pair] and high[pair] < above[k + 1]
+        apart = nearest_below < nearest and farthest < np.float32(np.sqrt(above[k + 1]))
+        sure = ordered and (nearest == farthest or apart)
         if not (sure and smallest < values[pair] < _LARGEST):
             unsure[count] = pair
             count += 1
         below = max(below, high[pair])
+        nearest_below = max(nearest_below, farthest)
     return unsure[:count]
 
 
