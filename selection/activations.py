@@ -6,9 +6,9 @@ for that, so that no activation lives longer than in plain inference.
 """
 
 import contextlib
+import functools
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import numpy as np
 import tensorflow as tf
@@ -48,13 +48,29 @@ def distance_pass(network):
         if normalisations and not _numpy_sees_tensors():
             log.info("NumPy can't write to this TensorFlow's tensors: normalisations run in TensorFlow, which is slower.")
             normalisations = {}
-        reduced_pass = tf.function(partial(_reduced_pass, network, normalisations, reduce), jit_compile=False)
+        reduced_pass = tf.function(functools.partial(_reduced_pass, network, normalisations, reduce), jit_compile=False)
+        make_room = functools.cache(functools.partial(_make_room, network))
 
         def distances(images):
+            if on_cpu:
+                make_room(len(images))
             matrices = [matrix.numpy() for matrix in reduced_pass(images)]
             return matrices if on_cpu else [from_gram(matrix) for matrix in matrices]
 
         yield distances
+
+
+def _make_room(network, num_images):
+    """Has the CPU's allocator get one region in which the largest activation and its successor fit.
+
+    They would have regions of their own otherwise, beside those of the smaller
+    ones before them: memory that the process has touched and the pass can't use.
+    Pages count once they are written to, which nobody does here.
+    """
+    sizes = [
+        candidate.activation_size * tf.as_dtype(candidate.layer.compute_dtype).size for candidate in network.candidates
+    ]
+    tf.raw_ops.Empty(shape=[2, num_images, max(sizes)], dtype=tf.uint8, init=False)
 
 
 def _reduced_pass(network, normalisations, reduce, images):
