@@ -19,30 +19,21 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from selection.tiles import LANES, SIDE, ask_for, copy_vector, tile_of_pairs, tile_on_diagonal
-
-# Vectors that a lane sums up in float32 before the sum goes to float64, at most.
-_STEPS = 16
-
-# Bytes of the piece of a cloud that is worked on at a time. A common second-level
-# cache holds that, the piece that comes next, and as much again.
-_PIECE_BYTES = 1 << 18
-
-_VECTOR_BYTES = 4 * LANES
+from selection.tiles import LANES, SIDE, STEPS, sums_of_rounds
 
 _UNIT = 2.0**-24  # float32's unit roundoff
 
 # Largest relative error of a squared distance so computed, terms being
 # non-negative: one rounding of the difference counts twice, one of each step,
 # one of each halving of the lanes, and two of a weight and its product.
-_ERROR = (2 + _STEPS + np.log2(LANES) + 2) * _UNIT
+_ERROR = (2 + STEPS + np.log2(LANES) + 2) * _UNIT
 
 # Squared distances outside of this range may have lost terms to float32's ends
 # (a weighted sum, where it is smaller than _SMALLEST times the largest weight).
 _SMALLEST, _LARGEST = 1e-25, 1e30
 
-# Where more pairs than _SAMPLE are in doubt by the worst case, at most so many are
-# summed again first. Roundings hardly ever all go one way: every pair's error is
+# Where more pairs than _SAMPLE are in doubt by the worst case, at least so many
+# are summed again first. Roundings hardly ever all go one way: every pair's error is
 # then taken to be at most _MARGIN times that share of its worst case that these
 # show. No proof, but a good wager; smaller clouds do without it.
 _SAMPLE, _MARGIN = 32, 4
@@ -164,7 +155,7 @@ def _sums(cloud, scale, pool, num_parts):
     rounds = dimension // period
 
     def part(start, stop):
-        return _sums_of_rounds(cloud, start, stop, weights, is_weighted)
+        return sums_of_rounds(cloud, start, stop, weights, is_weighted)
 
     totals = sum(_shared_out(part, rounds, cloud.size, pool, num_parts))
     return _add_rest(cloud, rounds * period, weights, totals)
@@ -215,14 +206,14 @@ def _pairs(squared, noise, smallest, sum_again):
     ends, values, low, high = _pairs_above(squared, np.zeros(len(squared)) if noise is None else noise)
     unsure = _in_doubt(values, low, high, np.argsort(values), smallest)
     if len(unsure) > _SAMPLE:
-        # Those among the first points: few points are then read for it. A value
-        # without a known error can't tell of others'.
+        # From all over the cloud: pairs of near points are no measure for far ones. A
+        # value without a known error is none for anybody.
         known = unsure[~(values[unsure] <= smallest)]
-        sample = known[np.argsort(ends[1, known], kind="stable")[:_SAMPLE]]
+        sample = known[:: max(1, len(known) // _SAMPLE)]
         exact = sum_again(np.ascontiguousarray(ends[:, sample]))
         worst = np.maximum(values - low, high - values)[sample]
         off = np.abs(values[sample] - exact) / worst
-        share = min(1, _MARGIN * np.nan_to_num(off, nan=1).max()) if len(sample) == _SAMPLE else 1
+        share = min(1, _MARGIN * np.nan_to_num(off, nan=1).max()) if len(sample) >= _SAMPLE else 1
         values = _put(values, sample, exact)
         low = _put(values - share * (values - low), sample, exact)
         high = _put(values + share * (high - values), sample, exact)
@@ -256,111 +247,6 @@ def _sum_again(cloud, scaling, ends, pool, num_parts):
         return np.empty(0)
     blocks = -(-dimension // max(_BLOCK, scaling.shape[1]))
     return sum(_shared_out(part, blocks, num_pairs * 2 * dimension, pool, num_parts))
-
-
-@numba.njit(nogil=True, cache=True)
-def _sums_of_rounds(cloud, start, stop, weights, is_weighted):
-    """Sums squared differences over the rounds from `start` to `stop`.
-
-    A round is len(weights) columns. The cloud is read piece by piece, some rounds
-    by some lanes' groups: while one is summed, the next is on its way from memory.
-
-    Returns:
-        float64 array of shape (2, t, t, 4, 4): plain and weighted sums of tiles
-        of 4 x 4 points, t of them a side; valid for points x <= y.
-    """
-    num_points, dimension = cloud.shape
-    tiles = (num_points + SIDE - 1) // SIDE
-    groups = len(weights) // LANES
-    room = max(_STEPS, _PIECE_BYTES // (num_points * _VECTOR_BYTES))  # vectors a row
-    # Wide before deep: neighbours come from memory together.
-    wide = min(groups, room // _STEPS)
-    deep = room // (_STEPS * wide) * _STEPS
-    across = (groups + wide - 1) // wide
-    pieces = across * ((stop - start + deep - 1) // deep)
-
-    totals = np.zeros((2, tiles, tiles, SIDE, SIDE))
-    # One vector more than needed: rows a power of two apart share their places in a cache.
-    packed = np.empty((tiles * SIDE, _STEPS + 1, LANES), np.float32)
-    # Signed, all of them: Numba would make floats of a mixture.
-    source, target = np.int64(cloud.ctypes.data), np.int64(packed.ctypes.data)
-    lane_weights, plain = np.int64(weights.ctypes.data), np.int64(totals.ctypes.data)
-    second = np.int64(totals[1].ctypes.data) if is_weighted else np.int64(0)
-    from_row, from_round = 4 * dimension, groups * _VECTOR_BYTES
-    for piece in range(pieces):
-        begin, first = start + piece // across * deep, piece % across * wide
-        here = (num_points, min(deep, stop - begin), min(wide, groups - first))
-        at = source + begin * from_round + first * _VECTOR_BYTES
-        factors = lane_weights + first * _VECTOR_BYTES
-        begin, first = start + (piece + 1) // across * deep, (piece + 1) % across * wide
-        ahead = (num_points, max(0, min(deep, stop - begin)), min(wide, groups - first))
-        at_ahead = source + begin * from_round + first * _VECTOR_BYTES
-        _add_piece(at, here, at_ahead, ahead, from_row, from_round, target, factors, plain, second)
-    packed[0, 0, 0] = 0  # it has to live to here: the addresses alone don't keep it
-    return totals
-
-
-@numba.njit(nogil=True, cache=True)
-def _add_piece(at, here, at_ahead, ahead, from_row, from_round, packed, weights, plain, second):
-    """Adds a piece's squared differences to the totals, and asks for the next piece bit by bit.
-
-    Args:
-        at, at_ahead: addresses of this piece and of the next.
-        here, ahead: rows, rounds and groups of lanes of either.
-        from_row, from_round: int. Bytes from one to the next in the cloud.
-        packed: address of float32 of shape (4 * tiles, _STEPS + 1, LANES), to work in.
-        weights: address of the groups' weights.
-        plain, second: addresses of the totals; `second` is 0 where nothing is weighted.
-    """
-    num_rows, depth, width = here
-    rows_ahead, depth_ahead, width_ahead = ahead
-    tiles = (num_rows + SIDE - 1) // SIDE
-    row, tile_bytes = _STEPS + 1, SIDE * (_STEPS + 1) * _VECTOR_BYTES
-    calls = width * ((depth + _STEPS - 1) // _STEPS) * tiles * (tiles + 1) // 2
-    vectors = rows_ahead * depth_ahead * width_ahead
-    share = (vectors + calls - 1) // calls
-    r, t, g = 0, 0, 0
-    for h in range(width):
-        for begin in range(0, depth, _STEPS):
-            count = min(_STEPS, depth - begin)
-            _pack(at + h * _VECTOR_BYTES + begin * from_round, num_rows, count, from_row, from_round, packed)
-            factors = weights + h * _VECTOR_BYTES
-            for i in range(tiles):
-                a = packed + i * tile_bytes
-                for j in range(i, tiles):
-                    b = packed + j * tile_bytes
-                    place = (i * tiles + j) * SIDE * SIDE * 8
-                    sums = second + place if second else np.int64(0)
-                    if i == j:
-                        tile_on_diagonal(a, b, row, count, factors, plain + place, sums)
-                    else:
-                        tile_of_pairs(a, b, row, count, factors, plain + place, sums)
-                    for _ in range(min(share, vectors)):
-                        ask_for(at_ahead + r * from_row + t * from_round + g * _VECTOR_BYTES)
-                        g += 1
-                        if g == width_ahead:
-                            g = 0
-                            t += 1
-                            if t == depth_ahead:
-                                t = 0
-                                r += 1
-                    vectors -= share
-
-
-@numba.njit(nogil=True, cache=True)
-def _pack(source, num_rows, count, from_row, from_round, packed):
-    """Copies `count` vectors a row to where they lie behind each other.
-
-    The tiles then read them in order and from the cache, wherever the rows of the
-    cloud lie. Rows missing to whole tiles are the last one again.
-
-    Args:
-        source, packed: addresses; the rest as `_add_piece` has it.
-    """
-    for r in range((num_rows + SIDE - 1) // SIDE * SIDE):
-        at, to = source + min(r, num_rows - 1) * from_row, packed + r * (_STEPS + 1) * _VECTOR_BYTES
-        for t in range(count):
-            copy_vector(to + t * _VECTOR_BYTES, at + t * from_round)
 
 
 @numba.njit(nogil=True, cache=True)

@@ -1,4 +1,4 @@
-"""The inner loop of `selection.distances`: squared differences of a tile of rows, in SIMD registers.
+"""The one reading of a cloud under `selection.distances`: squared differences, tile by tile of rows.
 
 Numba's loops are vectorised along one axis that LLVM picks. What is needed here
 is another shape: lanes that stay on their columns, so that one pass gives both
@@ -7,12 +7,15 @@ instructions, by Numba's `intrinsic`; LLVM splits vectors that a processor
 doesn't have.
 
 All addresses are int64, as `array.ctypes.data` gives them; the caller keeps the
-arrays alive.
+arrays alive. The loops over tiles are in this file too because Numba's cache
+looks at the file of a compiled function alone.
 """
 
 import platform
 
 import llvmlite.binding
+import numba
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -20,6 +23,13 @@ from numba.extending import intrinsic
 
 # Rows on either side of a tile: 16 sums and 8 operands fit the registers.
 SIDE = 4
+
+# Vectors that a lane sums up in float32 before the sum goes to float64, at most.
+STEPS = 16
+
+# Bytes of the piece of a cloud that is worked on at a time. A common second-level
+# cache holds that, the piece that comes next, and as much again.
+_PIECE_BYTES = 1 << 18
 
 
 def _lanes():
@@ -30,6 +40,7 @@ def _lanes():
 
 
 LANES = _lanes()
+_VECTOR_BYTES = 4 * LANES
 
 _FLOAT, _DOUBLE, _INT, _INDEX = ir.FloatType(), ir.DoubleType(), ir.IntType(64), ir.IntType(32)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
@@ -140,7 +151,7 @@ def _intrinsic(builder, name, returned, arguments):
 
 
 @intrinsic
-def copy_vector(typing_context, target, source):
+def _copy_vector(typing_context, target, source):
     """Copies one float32 vector."""
 
     def generate(context, builder, signature, args):
@@ -151,7 +162,7 @@ def copy_vector(typing_context, target, source):
 
 
 @intrinsic
-def ask_for(typing_context, address):
+def _ask_for(typing_context, address):
     """Asks for the cache line at an address, to be in the second-level cache when it is read."""
 
     def generate(context, builder, signature, args):
@@ -172,5 +183,110 @@ def _store(builder, vector, address):
     builder.store(vector, builder.inttoptr(address, _VECTOR.as_pointer())).align = _FLOAT_BYTES
 
 
-tile_of_pairs = _tile(diagonal=False)
-tile_on_diagonal = _tile(diagonal=True)
+_tile_of_pairs = _tile(diagonal=False)
+_tile_on_diagonal = _tile(diagonal=True)
+
+
+@numba.njit(nogil=True, cache=True)
+def sums_of_rounds(cloud, start, stop, weights, is_weighted):
+    """Sums squared differences over the rounds from `start` to `stop`.
+
+    A round is len(weights) columns. The cloud is read piece by piece, some rounds
+    by some lanes' groups: while one is summed, the next is on its way from memory.
+
+    Returns:
+        float64 array of shape (2, t, t, 4, 4): plain and weighted sums of tiles
+        of 4 x 4 points, t of them a side; valid for points x <= y.
+    """
+    num_points, dimension = cloud.shape
+    tiles = (num_points + SIDE - 1) // SIDE
+    groups = len(weights) // LANES
+    room = max(STEPS, _PIECE_BYTES // (num_points * _VECTOR_BYTES))  # vectors a row
+    # Wide before deep: neighbours come from memory together.
+    wide = min(groups, room // STEPS)
+    deep = room // (STEPS * wide) * STEPS
+    across = (groups + wide - 1) // wide
+    pieces = across * ((stop - start + deep - 1) // deep)
+
+    totals = np.zeros((2, tiles, tiles, SIDE, SIDE))
+    # One vector more than needed: rows a power of two apart share their places in a cache.
+    packed = np.empty((tiles * SIDE, STEPS + 1, LANES), np.float32)
+    # Signed, all of them: Numba would make floats of a mixture.
+    source, target = np.int64(cloud.ctypes.data), np.int64(packed.ctypes.data)
+    lane_weights, plain = np.int64(weights.ctypes.data), np.int64(totals.ctypes.data)
+    second = np.int64(totals[1].ctypes.data) if is_weighted else np.int64(0)
+    from_row, from_round = 4 * dimension, groups * _VECTOR_BYTES
+    for piece in range(pieces):
+        begin, first = start + piece // across * deep, piece % across * wide
+        here = (num_points, min(deep, stop - begin), min(wide, groups - first))
+        at = source + begin * from_round + first * _VECTOR_BYTES
+        factors = lane_weights + first * _VECTOR_BYTES
+        begin, first = start + (piece + 1) // across * deep, (piece + 1) % across * wide
+        ahead = (num_points, max(0, min(deep, stop - begin)), min(wide, groups - first))
+        at_ahead = source + begin * from_round + first * _VECTOR_BYTES
+        _add_piece(at, here, at_ahead, ahead, from_row, from_round, target, factors, plain, second)
+    packed[0, 0, 0] = 0  # it has to live to here: the addresses alone don't keep it
+    return totals
+
+
+@numba.njit(nogil=True, cache=True)
+def _add_piece(at, here, at_ahead, ahead, from_row, from_round, packed, weights, plain, second):
+    """Adds a piece's squared differences to the totals, and asks for the next piece bit by bit.
+
+    Args:
+        at, at_ahead: addresses of this piece and of the next.
+        here, ahead: rows, rounds and groups of lanes of either.
+        from_row, from_round: int. Bytes from one to the next in the cloud.
+        packed: address of float32 of shape (4 * tiles, STEPS + 1, LANES), to work in.
+        weights: address of the groups' weights.
+        plain, second: addresses of the totals; `second` is 0 where nothing is weighted.
+    """
+    num_rows, depth, width = here
+    rows_ahead, depth_ahead, width_ahead = ahead
+    tiles = (num_rows + SIDE - 1) // SIDE
+    row, tile_bytes = STEPS + 1, SIDE * (STEPS + 1) * _VECTOR_BYTES
+    calls = width * ((depth + STEPS - 1) // STEPS) * tiles * (tiles + 1) // 2
+    vectors = rows_ahead * depth_ahead * width_ahead
+    share = (vectors + calls - 1) // calls
+    r, t, g = 0, 0, 0
+    for h in range(width):
+        for begin in range(0, depth, STEPS):
+            count = min(STEPS, depth - begin)
+            _pack(at + h * _VECTOR_BYTES + begin * from_round, num_rows, count, from_row, from_round, packed)
+            factors = weights + h * _VECTOR_BYTES
+            for i in range(tiles):
+                a = packed + i * tile_bytes
+                for j in range(i, tiles):
+                    b = packed + j * tile_bytes
+                    place = (i * tiles + j) * SIDE * SIDE * 8
+                    sums = second + place if second else np.int64(0)
+                    if i == j:
+                        _tile_on_diagonal(a, b, row, count, factors, plain + place, sums)
+                    else:
+                        _tile_of_pairs(a, b, row, count, factors, plain + place, sums)
+                    for _ in range(min(share, vectors)):
+                        _ask_for(at_ahead + r * from_row + t * from_round + g * _VECTOR_BYTES)
+                        g += 1
+                        if g == width_ahead:
+                            g = 0
+                            t += 1
+                            if t == depth_ahead:
+                                t = 0
+                                r += 1
+                    vectors -= share
+
+
+@numba.njit(nogil=True, cache=True)
+def _pack(source, num_rows, count, from_row, from_round, packed):
+    """Copies `count` vectors a row to where they lie behind each other.
+
+    The tiles then read them in order and from the cache, wherever the rows of the
+    cloud lie. Rows missing to whole tiles are the last one again.
+
+    Args:
+        source, packed: addresses; the rest as `_add_piece` has it.
+    """
+    for r in range((num_rows + SIDE - 1) // SIDE * SIDE):
+        at, to = source + min(r, num_rows - 1) * from_row, packed + r * (STEPS + 1) * _VECTOR_BYTES
+        for t in range(count):
+            _copy_vector(to + t * _VECTOR_BYTES, at + t * from_round)

@@ -111,6 +111,61 @@ def test_what_others_need_is_not_normalised_in_place():
     assert {path: (one.layer.name, one.clipping) for path, one in found.items()} == {"alone": ("bn_of_alone", None)}
 
 
+def test_only_clipping_at_zero_is_done_in_place():
+    clippings = {  # what stands behind a normalisation -> the bounds it is taken for, or None
+        "relu": (keras.layers.ReLU(), (0, np.inf)),
+        "relu6": (keras.layers.ReLU(6), (0, 6)),
+        "leaky": (keras.layers.ReLU(negative_slope=0.1), None),
+        "threshold": (keras.layers.ReLU(threshold=0.5), None),
+        "act_relu": (keras.layers.Activation("relu"), (0, np.inf)),
+        "act_relu6": (keras.layers.Activation("relu6"), (0, 6)),
+        "act_tanh": (keras.layers.Activation("tanh"), None),
+    }
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((8, 8, 3))
+    x = keras.layers.Rescaling(1 / 255)(inputs)
+
+    def branch(name, clipping, channels=8, axis=-1):
+        y = keras.layers.Conv2D(channels, 3, name=name)(x)
+        return keras.layers.Flatten()(clipping(keras.layers.BatchNormalization(axis, name=f"{name}_bn")(y)))
+
+    branches = [branch(name, layer) for name, (layer, _) in clippings.items()]
+    branches.append(branch("six_channels", keras.layers.ReLU(), channels=6))
+    branches.append(branch("rows", keras.layers.ReLU(), channels=6, axis=1))
+    head = keras.layers.Dense(10, name="head")(keras.layers.Concatenate()(branches))
+    network = network_of(keras.Model(inputs, head), bn_stats="stored")
+    images, _ = digits_images(BATCH, 8)
+    calibrate(network.model, images)
+    found = normalisations_behind(network)
+    assert {path: one.bounds if one.clipping else None for path, one in found.items()} == {
+        name: bounds for name, (_, bounds) in clippings.items()
+    }
+    activations_ = extracted_activations(network, images)
+    with distance_pass(network) as distances:
+        matrices = distances(images)
+    assert betti_1_of_each(matrices) == [reference_count(activation) for activation in activations_]
+    np.testing.assert_allclose(matrices[-1], squareform(pdist(activations_[-1].astype(np.float64))), rtol=1e-6)
+
+
+def test_a_model_that_is_called_twice_counts_at_its_first_call():
+    keras.utils.set_random_seed(0)
+    inner_inputs = keras.Input((8, 8, 4))
+    y = keras.layers.Conv2D(4, 3, padding="same", name="conv")(inner_inputs)
+    inner = keras.Model(inner_inputs, keras.layers.ReLU()(keras.layers.BatchNormalization(name="bn")(y)), name="inner")
+    inputs = keras.Input((8, 8, 3))
+    x = keras.layers.Conv2D(4, 1, name="stem")(keras.layers.Rescaling(1 / 255)(inputs))
+    once = inner(x)
+    head = keras.layers.Dense(10, name="head")(keras.layers.Flatten()(inner(once)))
+    network = network_of(keras.Model(inputs, head), bn_stats="stored")
+    images, _ = digits_images(BATCH, 8)
+    calibrate(network.model, images)
+    assert [one.layer.name for one in normalisations_behind(network).values()] == ["bn"]  # in place, both times
+    parts = keras.Model(inner_inputs, [inner.get_layer("conv").output, inner.get_layer("bn").output])
+    stem = keras.Model(inputs, x)(images)
+    expected = [stem, *parts(stem), network.model(images)]
+    assert our_counts(network, images) == [reference_count(activation) for activation in expected]
+
+
 @pytest.mark.parametrize("model_name", ["resnet50", "mobilenetv2"])
 def test_normalising_in_place_gives_the_bits_of_the_framework(model_name, monkeypatch):
     network = backbone_network(model_name)
