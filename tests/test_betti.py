@@ -225,8 +225,8 @@ def test_near_duplicates_among_ordinary_images_are_ordered(near, apart):
     # Pairs of both kinds in doubt: what is known of the far ones says nothing of the near ones.
     rng = np.random.default_rng(10)
     cloud = rng.normal(size=(120, 240)).astype(np.float32)
-    cloud[near] = cloud[near.start] + apart * rng.normal(size=(60, 240)).astype(np.float32)
     scale, shift = (1 + rng.random(8)).astype(np.float32), rng.normal(size=8).astype(np.float32)
+    cloud[near] = cloud[near.start] + apart * rng.normal(size=(60, 240)).astype(np.float32)
     before = distances_of(cloud.astype(np.float64))
     after = distances_of((cloud.reshape(-1, 8) * scale + shift).reshape(cloud.shape).astype(np.float64))
     for found, expected in zip(normalised_distances(cloud, scale, shift, UNBOUNDED), (before, after), strict=True):
