@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -33,6 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import runtime
 
 import numpy as np
+
+
+CLEAR_REFS = Path("/proc/self/clear_refs")  # writing 5 makes the highest resident size count from here
 
 
 def main(argv=None):
@@ -48,6 +52,8 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one line of JSON, last")
     args = parser.parse_args(argv)
+    if args.collect and not os.access(CLEAR_REFS, os.W_OK):
+        parser.error(f"what a process grows by can only be read on Linux, where {CLEAR_REFS} is. Pass --no-collect")
     figures = measure(args)
     for name, value in figures.items():
         print(f"{name:<32} {value:.4g}" if isinstance(value, float) else f"{name:<32} {value}")
@@ -177,7 +183,7 @@ def _grown_here(args, weights, road):
 
     with steady_roads(network, batches[0], args) as roads:
         before = bytes_of("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the highest so far counts from here
+        CLEAR_REFS.write_text("5")
         roads[road]()
         return bytes_of("VmHWM") - before
 
