@@ -19,6 +19,7 @@ activations there, and its points.
 
 import argparse
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -48,6 +49,10 @@ def main(argv=None):
     parser.add_argument("--input_size", type=int, default=224)
     parser.add_argument("--num_betti_batches", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--bn_stats", default="stored", choices=("stored", "batch"),
+        help="what batch normalisation runs on, on all roads; (c) knows the stored ones alone (default: stored)",
+    )  # fmt: skip
     parser.add_argument("--collect", action=argparse.BooleanOptionalAction, default=True, help="measure (c) too (default: yes)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one line of JSON, last")
@@ -75,7 +80,7 @@ def measure(args):
     calibrate(network.model, batches[0][:32])  # eagerly, where Keras keeps all activations
 
     def plain():
-        forward = tf.function(lambda images: network.model(images, training=False), jit_compile=False)
+        forward = tf.function(functools.partial(inference, network), jit_compile=False)
         for images in batches:
             forward(images)
 
@@ -129,7 +134,7 @@ def prepare(args):
 
     runtime.seed_everything(args.seed)
     network = models.build(
-        Config(model_name=args.model_name, weights=args.weights, input_size=args.input_size, bn_stats="stored"), 10
+        Config(model_name=args.model_name, weights=args.weights, input_size=args.input_size, bn_stats=args.bn_stats), 10
     )
     return network, [digits(args.batch_size, args.input_size, seed) for seed in range(args.num_betti_batches)]
 
@@ -144,16 +149,24 @@ def steady_roads(network, images, args):
     from selection.betti import betti_1_of_each
     from selection.distances import num_workers
 
-    forward = tf.function(lambda images: network.model(images, training=False), jit_compile=False)
+    forward = tf.function(functools.partial(inference, network), jit_compile=False)
     with distance_pass(network) as distances:
         roads = {
             "forward": lambda: forward(images),
             "selection": lambda: betti_1_of_each(distances(images), num_workers()),
         }
-        if args.collect and args.model_name != "vit":
+        if args.collect and args.model_name != "vit" and args.bn_stats == "stored":
             extractor = keras.Model(network.model.inputs, [candidate.layer.output for candidate in network.candidates])
             roads["collect"] = lambda: [published_count(a) for a in extractor.predict(images, verbose=0)]
         yield roads
+
+
+def inference(network, images):
+    """Returns the logits, by the network's policy of batch normalisation."""
+    from models.batchnorm import statistics_kept
+
+    with statistics_kept(network.model, network.bn_stats):
+        return network.model(images, training=False)
 
 
 def grown_bytes(args, weights, road):

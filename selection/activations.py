@@ -114,15 +114,16 @@ def _reduction_on_cpu(pool, workers):
     """
 
     def reduce(output, normalisation):
-        def in_numpy(activation):
+        def in_numpy(activation, *scale_and_shift):
             cloud = activation.reshape(len(activation), -1)
             if normalisation is None:
                 return pairwise_distances(cloud.astype(np.float32, copy=False), pool, workers)
-            return normalised_distances(
-                cloud, normalisation.scale, normalisation.shift, normalisation.bounds, pool, workers
-            )
+            return normalised_distances(cloud, *scale_and_shift, normalisation.bounds, pool, workers)
 
-        matrices = tf.numpy_function(in_numpy, [output], [tf.float64] * (1 if normalisation is None else 2))
+        if normalisation is None:
+            matrices = tf.numpy_function(in_numpy, [output], [tf.float64])
+        else:
+            matrices = tf.numpy_function(in_numpy, [output, *normalisation.scale_and_shift(output)], [tf.float64] * 2)
         with tf.control_dependencies(matrices):
             return matrices, tf.identity(output)
 

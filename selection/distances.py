@@ -7,10 +7,10 @@ distances whose order that can't settle are then taken again in double
 precision. Betti numbers hang on the order of the distances, and on ties to
 float32's last digit, alone: so they are those of double precision throughout.
 
-A batch normalisation by stored statistics scales and shifts each channel of its
-input. The same reading that gives the input's distances gives the output's too,
-as sums weighted by channel. Then the input can be turned into the output, and a
-clipping behind it be done, where it lies.
+A batch normalisation scales and shifts each channel of its input. The same
+reading that gives the input's distances gives the output's too, as sums weighted
+by channel. Then the input can be turned into the output, and a clipping behind it
+be done, where it lies.
 """
 
 import os

@@ -1,11 +1,12 @@
 """Batch normalisations that a pass can do itself, together with the reading of their input.
 
-By stored statistics a normalisation is a product and a sum for each channel. It
-stands right behind a convolution mostly, and a clipping (ReLU, ReLU6) behind it.
-Whoever reads the convolution's output anyway can do both where it lies, and save
-the framework three passes over it.
+A normalisation is a product and a sum for each channel. It stands right behind a
+convolution mostly, and a clipping (ReLU, ReLU6) behind it. Whoever reads the
+convolution's output anyway can do both where it lies, and save the framework
+three passes over it. The statistics are the stored ones, or those of the batch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import keras
@@ -22,24 +23,24 @@ _CHANNELS = 4
 
 @dataclass(frozen=True)
 class Normalisation:
-    """What a BatchNormalization does by its stored statistics, and the clipping behind it.
+    """What a BatchNormalization does, and the clipping behind it.
 
     Attributes:
         layer: keras.layers.BatchNormalization.
-        scale, shift: float32 arrays of shape (C,). Its output is scale * x + shift.
+        scale_and_shift: function (its input, a tensor of shape (B, ..., C)) -> two
+            float32 tensors or arrays of shape (C,). Its output is scale * x + shift.
         clipping: keras.Layer or None. The one that has its output, and only clips it.
         bounds: pair of float32. What that clips to; infinite where nothing does.
     """
 
     layer: keras.Layer
-    scale: np.ndarray
-    shift: np.ndarray
+    scale_and_shift: Callable
     clipping: keras.Layer | None
     bounds: tuple
 
 
 def normalisations_behind(network):
-    """Finds the candidates whose output a normalisation by stored statistics has to itself.
+    """Finds the candidates whose output a normalisation has to itself.
 
     Args:
         network: models.Network. Its weights have to stay as they are for as long
@@ -48,8 +49,6 @@ def normalisations_behind(network):
     Returns:
         dict from such a candidate's path to the Normalisation behind it.
     """
-    if network.bn_stats != "stored":  # by the batch's statistics the scales are not known beforehand
-        return {}
     within = network.model._flatten_layers(include_self=True)
     given_out = {id(output) for layer in within for output in getattr(layer, "outputs", None) or ()}
     found = {}
@@ -57,7 +56,8 @@ def normalisations_behind(network):
         producer = candidate.layer
         layer = _only_consumer(producer, given_out)
         if type(producer) in _PRODUCERS and type(layer) is keras.layers.BatchNormalization and _is_simple(layer):
-            found[candidate.path] = _normalisation(layer, _only_consumer(layer, given_out))
+            clipping = _only_consumer(layer, given_out)
+            found[candidate.path] = _normalisation(layer, network.bn_stats == "batch", clipping)
     return found
 
 
@@ -81,15 +81,29 @@ def _is_simple(layer):
     )
 
 
-def _normalisation(layer, consumer):
-    # As tf.nn.batch_normalization does it, by the same operations, to the last bit.
-    scale = tf.math.rsqrt(layer.moving_variance + layer.epsilon)
-    if layer.scale:
-        scale = scale * layer.gamma
-    shift = layer.beta - layer.moving_mean * scale if layer.center else -layer.moving_mean * scale
+def _normalisation(layer, by_batch, consumer):
+    if by_batch and layer.trainable:  # one that isn't keeps to its stored statistics
+        axes = list(range(len(layer.input.shape) - 1))
+
+        def scale_and_shift(inputs):
+            return _scale_and_shift(layer, *keras.ops.moments(inputs, axes))
+    else:
+        stored = [tensor.numpy() for tensor in _scale_and_shift(layer, layer.moving_mean, layer.moving_variance)]
+
+        def scale_and_shift(inputs):
+            return stored
+
     highest = _clips_at(consumer)
     clipping, bounds = (None, (-np.inf, np.inf)) if highest is None else (consumer, (0, highest))
-    return Normalisation(layer, scale.numpy(), shift.numpy(), clipping, tuple(np.float32(bound) for bound in bounds))
+    return Normalisation(layer, scale_and_shift, clipping, tuple(np.float32(bound) for bound in bounds))
+
+
+def _scale_and_shift(layer, mean, variance):
+    # As tf.nn.batch_normalization does it, by the same operations, to the last bit.
+    scale = tf.math.rsqrt(variance + layer.epsilon)
+    if layer.scale:
+        scale = scale * layer.gamma
+    return scale, layer.beta - mean * scale if layer.center else -mean * scale
 
 
 def _clips_at(layer):
