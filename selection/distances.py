@@ -37,6 +37,7 @@ _SMALLEST, _LARGEST = 1e-25, 1e30
 # then taken to be at most _MARGIN times that share of its worst case that these
 # show. No proof, but a good wager; smaller clouds do without it.
 _SAMPLE, _MARGIN = 32, 4
+_SAMPLED_POINTS = 16
 
 # Columns that are read again, or normalised, at a time, at least.
 _BLOCK = 1024
@@ -206,10 +207,8 @@ def _pairs(squared, noise, smallest, sum_again):
     ends, values, low, high = _pairs_above(squared, np.zeros(len(squared)) if noise is None else noise)
     unsure = _in_doubt(values, low, high, np.argsort(values), smallest)
     if len(unsure) > _SAMPLE:
-        # From all over the cloud: pairs of near points are no measure for far ones. A
-        # value without a known error is none for anybody.
-        known = unsure[~(values[unsure] <= smallest)]
-        sample = known[:: max(1, len(known) // _SAMPLE)]
+        # A value without a known error is no measure for others.
+        sample = _sample(ends, values, unsure[~(values[unsure] <= smallest)], len(squared))
         exact = sum_again(np.ascontiguousarray(ends[:, sample]))
         worst = np.maximum(values - low, high - values)[sample]
         off = np.abs(values[sample] - exact) / worst
@@ -219,6 +218,21 @@ def _pairs(squared, noise, smallest, sum_again):
         high = _put(values + share * (high - values), sample, exact)
         unsure = np.setdiff1d(_in_doubt(values, low, high, np.argsort(values), smallest), sample, assume_unique=True)
     return _Pairs(ends, values, unsure)
+
+
+def _sample(ends, values, known, num_points):
+    """Returns some of the pairs `known`, at least `_SAMPLE` of them where there are as many.
+
+    From all over the cloud: near points are no measure for far ones, and what an
+    image that is there twice gives twice counts once. And from few points, where
+    that does, for few rows to be read.
+    """
+    few = known[(ends[:, known] % max(1, num_points // _SAMPLED_POINTS) == 0).all(axis=0)]
+    for pairs in (few, known):
+        pairs = pairs[np.unique(values[pairs], return_index=True)[1]]
+        if len(pairs) >= _SAMPLE:
+            break
+    return pairs[:: max(1, len(pairs) // _SAMPLE)]
 
 
 def _put(values, where, new):
