@@ -5,6 +5,8 @@ persistence over all scales, Euclidean distances, coefficients in Z/2, every bar
 with death > birth, no threshold (arXiv 2510.03101).
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 
 COEFFICIENT_FIELD = 2  # gudhi's own default is 11, ripser's is 2; torsion makes them differ
@@ -47,13 +49,16 @@ def betti_1_of_each(matrices, num_threads=1):
     from gudhi.sklearn.rips_persistence import RipsPersistence
 
     work_s = sum(predicted_cost(len(matrix), 1)[0] for matrix in matrices)
+    num_threads = num_threads if work_s > _WORTH_THREADS_S else 1
     rips = RipsPersistence(
         homology_dimensions=1,
         input_type="full distance matrix",
         homology_coeff_field=COEFFICIENT_FIELD,
-        n_jobs=num_threads if work_s > _WORTH_THREADS_S else 1,
+        n_jobs=num_threads,
     )
-    diagrams = rips.fit_transform([_ranks(matrix) for matrix in matrices])
+    with ThreadPoolExecutor(num_threads) as pool:
+        ranks = list(pool.map(_ranks, matrices) if num_threads > 1 else map(_ranks, matrices))
+    diagrams = rips.fit_transform(ranks)
     return [int(np.count_nonzero(bars[:, 1] > bars[:, 0])) for bars in diagrams]
 
 
