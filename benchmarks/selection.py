@@ -19,7 +19,6 @@ activations there, and its points.
 
 import argparse
 import contextlib
-import functools
 import json
 import multiprocessing
 import os
@@ -71,8 +70,6 @@ def measure(args):
     """Returns {name of a figure: value}; seconds end in _s, bytes in _bytes."""
     network, batches = prepare(args)
 
-    import tensorflow as tf
-
     from memory.measure import measured_peak
     from models.batchnorm import calibrate
     from selection.topology import count_bars
@@ -80,7 +77,7 @@ def measure(args):
     calibrate(network.model, batches[0][:32])  # eagerly, where Keras keeps all activations
 
     def plain():
-        forward = tf.function(functools.partial(inference, network), jit_compile=False)
+        forward = inference(network)
         for images in batches:
             forward(images)
 
@@ -143,13 +140,12 @@ def prepare(args):
 def steady_roads(network, images, args):
     """Gives {name of a road: function} that take `images` down that road, traced at their first call."""
     import keras
-    import tensorflow as tf
 
     from selection.activations import distance_pass
     from selection.betti import betti_1_of_each
     from selection.distances import num_workers
 
-    forward = tf.function(functools.partial(inference, network), jit_compile=False)
+    forward = inference(network)
     with distance_pass(network) as distances:
         roads = {
             "forward": lambda: forward(images),
@@ -161,12 +157,17 @@ def steady_roads(network, images, args):
         yield roads
 
 
-def inference(network, images):
-    """Returns the logits, by the network's policy of batch normalisation."""
+def inference(network):
+    """Returns a function, not traced yet, from images to logits by the network's policy of batch normalisation."""
+    import tensorflow as tf
+
     from models.batchnorm import statistics_kept
 
-    with statistics_kept(network.model, network.bn_stats):
-        return network.model(images, training=False)
+    def forward(images):
+        with statistics_kept(network.model, network.bn_stats):
+            return network.model(images, training=False)
+
+    return tf.function(forward, jit_compile=False)
 
 
 def grown_bytes(args, weights, road):

@@ -71,8 +71,12 @@ def pairwise_distances(cloud, pool=None, num_parts=1):
     """
     cloud = np.ascontiguousarray(cloud, np.float32)
     plain, _ = _sums(cloud, None, pool, num_parts)
-    pairs = _pairs(plain, None, _SMALLEST, lambda ends: _sum_again(cloud, _AS_IT_IS, ends, pool, num_parts))
-    pairs.values[pairs.unsure] = _sum_again(cloud, _AS_IT_IS, np.ascontiguousarray(pairs.ends[:, pairs.unsure]), pool, num_parts)
+
+    def sum_again(ends):
+        return _sum_again(cloud, _AS_IT_IS, ends, pool, num_parts)
+
+    pairs = _pairs(plain, None, _SMALLEST, sum_again)
+    pairs.values[pairs.unsure] = sum_again(pairs.ends[:, pairs.unsure])
     return _symmetric(pairs, len(cloud))
 
 
@@ -209,7 +213,7 @@ def _pairs(squared, noise, smallest, sum_again):
     if len(unsure) > _SAMPLE:
         # A value without a known error is no measure for others.
         sample = _sample(ends, values, unsure[~(values[unsure] <= smallest)], len(squared))
-        exact = sum_again(np.ascontiguousarray(ends[:, sample]))
+        exact = sum_again(ends[:, sample])
         worst = np.maximum(values - low, high - values)[sample]
         off = np.abs(values[sample] - exact) / worst
         share = min(1, _MARGIN * np.nan_to_num(off, nan=1).max()) if len(sample) >= _SAMPLE else 1
@@ -252,6 +256,8 @@ def _sum_again(cloud, scaling, ends, pool, num_parts):
         ends: int array of shape (2, pairs).
         pool, num_parts: see `pairwise_distances`.
     """
+
+    ends = np.ascontiguousarray(ends)  # Numba compiles for each layout
 
     def part(first, last):
         return _squared_of_pairs(cloud, scaling, ends, first, last)
