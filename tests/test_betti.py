@@ -7,6 +7,7 @@ import pytest
 from ripser import ripser
 from scipy.spatial.distance import pdist, squareform
 
+from selection import betti
 from selection.betti import betti_1, betti_1_of_each
 from selection.distances import normalised_distances, pairwise_distances
 
@@ -47,6 +48,14 @@ def test_every_short_bar_counts():
     # Two squares, one ten thousand times smaller: no threshold on a bar's length.
     points = np.concatenate([SQUARE, 1e-4 * SQUARE + 100])
     assert betti_1(distances_of(points)) == 2
+
+
+def test_clouds_that_are_worth_threads_are_counted_on_them_in_their_order():
+    rng = np.random.default_rng(6)
+    matrices = [distances_of(rng.normal(size=(num_points, 3))) for num_points in (280, 340, 300, 320)]
+    assert sum(betti.predicted_cost(len(matrix), 1)[0] for matrix in matrices) > betti._WORTH_THREADS_S
+    counts = betti_1_of_each(matrices, num_threads=2)
+    assert counts == [betti_1_of_each([matrix])[0] for matrix in matrices] and len(set(counts)) == 4
 
 
 @pytest.mark.parametrize("dimension", [2, 3, 50])
