@@ -74,7 +74,7 @@ def check_same_surroundings(record, before):
     changed = [name for name in device_facts() if record[name] != before.get(name)]
     if changed:
         log.warning(
-            "The run began with another %s: the last digits of its results may differ.", ", ".join(changed)
+            "The run began with another value of %s: the last digits of its results may differ.", ", ".join(changed)
         )
 
 

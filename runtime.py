@@ -7,10 +7,14 @@ costs nothing and works wherever TensorFlow hasn't been imported yet:
   has; without it the peak memory of a CPU can't be read at all.
 * ``TF_CPP_MIN_LOG_LEVEL`` and ``GRPC_VERBOSITY`` keep the start-up notes of the
   native libraries out of logs.
+* ``TF_ENABLE_ONEDNN_OPTS`` switches oneDNN on. On x86 CPUs without AVX512-VNNI,
+  AVX512-BF16 or AMX TensorFlow leaves it off, and the backward pass of
+  convolutions then takes several times longer.
 * ``KERAS_BACKEND``: the tracing and memory code here is written for TensorFlow.
 """
 
 import os
+import platform
 import sys
 
 _ENVIRONMENT = {
@@ -19,6 +23,8 @@ _ENVIRONMENT = {
     "GRPC_VERBOSITY": "ERROR",
     "KERAS_BACKEND": "tensorflow",
 }
+if platform.machine().lower() in ("x86_64", "amd64"):
+    _ENVIRONMENT["TF_ENABLE_ONEDNN_OPTS"] = "1"
 
 if "tensorflow" in sys.modules:
     raise ImportError(
@@ -54,14 +60,16 @@ def device():
 
 
 def device_facts():
-    """Returns a dict with the device's name and the thread counts, for config.json."""
+    """Returns a dict with the device's name, the thread counts and the use of oneDNN, for config.json."""
     import tensorflow as tf
+    from tensorflow.python.util import _pywrap_util_port
 
     facts = {
         "device": device(),
         "cpu_count": os.cpu_count(),
         "intra_op_threads": tf.config.threading.get_intra_op_parallelism_threads(),
         "inter_op_threads": tf.config.threading.get_inter_op_parallelism_threads(),
+        "onednn": _pywrap_util_port.IsMklEnabled(),
     }
     gpus = tf.config.list_physical_devices("GPU")
     if gpus:
