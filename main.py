@@ -16,14 +16,11 @@ import sys
 import time
 import traceback
 
-import runtime
-import distribution
-import faults
-import interruption
-import report
-import run_folder
-from errors import RunError, UsageError
-from flags import parse
+from core import environment, signals, strategy
+from core.errors import RunError, UsageError
+from run import failures, report
+from run import folder as run_folder
+from run.flags import parse
 from selection import SCHEMES, Selection
 
 log = logging.getLogger("adabet")
@@ -43,7 +40,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     early_log = run_folder.set_up_logging()
     try:
-        with interruption.handled():
+        with signals.handled():
             cfg = parse(argv)
             if cfg.prepare_only:
                 return prepare(cfg)
@@ -56,7 +53,7 @@ def main(argv=None):
         return _fail(1, error, argv)
     except KeyboardInterrupt:
         return _fail(130, "interrupted by SIGINT", argv)
-    except interruption.Terminated:
+    except signals.Terminated:
         return _fail(143, "interrupted by SIGTERM", argv)
     except Exception as error:  # what nobody foresaw is one line too; --debug has the traceback
         return _fail(1, f"{type(error).__name__}: {error}", argv)
@@ -81,27 +78,27 @@ def run(cfg, early_log):
             log.info("%s is finished: there is nothing to go on with.", folder.path)
             print(report.console_block(summary))
             return 0
-    runtime.load_tensorflow()
-    import checkpoint
+    environment.load_tensorflow()
     import data
     import models
     import train
     from memory import budget
     from memory.measure import measured_peak
+    from training import checkpoint
 
     saved = folder and checkpoint.latest(folder.path)
 
     # All that can be wrong with the input comes to light before there is a new run folder.
     images = data.load(cfg)
-    runtime.seed_everything(cfg.seed)  # after the data: preparing a set draws random numbers of its own
-    strategy = distribution.make(cfg)
-    distribution.check_batches(strategy, images.batch_size, images.split_sizes)
-    with distribution.scope(strategy):
+    environment.seed_everything(cfg.seed)  # after the data: preparing a set draws random numbers of its own
+    devices = strategy.make(cfg)
+    strategy.check_batches(devices, images.batch_size, images.split_sizes)
+    with strategy.scope(devices):
         network = models.assemble(cfg, images.num_classes)
     scheme = SCHEMES[cfg.train_type]
     if not saved:
         scheme.check(network, cfg, images.split_sizes["train"])
-    with distribution.scope(strategy):
+    with strategy.scope(devices):
         network = models.load_weights(network, cfg)
     if cfg.memory_budget_mb is not None and not saved:
         budget.check(network, cfg, images.batch_size)
@@ -150,14 +147,14 @@ def run(cfg, early_log):
             folder.write_txt(summary)
         folder.write_json("summary.json", summary)
     except BaseException as error:
-        interruption.hold()  # one more signal must not cost the summary
-        result.status = "interrupted" if isinstance(error, tuple(interruption.EXCEPTIONS.values())) else "failed"
+        signals.hold()  # one more signal must not cost the summary
+        result.status = "interrupted" if isinstance(error, tuple(signals.EXCEPTIONS.values())) else "failed"
         if not cfg.select_only:
             with contextlib.suppress(OSError):  # what ended the run is what has to be said
                 folder.write_json("summary.json", report.summary_record(cfg, images, network, selection, result))
         if result.status == "interrupted":
             log.info("To go on: python main.py --resume %s", folder.path)
-        told = faults.explained(error, faults.Situation(cfg, folder.path, network, selection, images.batch_size))
+        told = failures.explained(error, failures.Situation(cfg, folder.path, network, selection, images.batch_size))
         if told is None:
             raise
         raise RunError(told) from error
@@ -176,7 +173,7 @@ def run(cfg, early_log):
 
 def list_layers(cfg):
     """Prints the candidate layers' paths, one a line, in forward order; needs neither data nor weights."""
-    runtime.load_tensorflow()
+    environment.load_tensorflow()
     import models
 
     network = models.assemble(cfg, cfg.num_classes or 2)
@@ -190,7 +187,7 @@ def prepare(cfg):
     Returns:
         int. The exit code.
     """
-    runtime.load_tensorflow()
+    environment.load_tensorflow()
     import data
     import models
 
@@ -221,11 +218,16 @@ def _fail(code, error, argv):
 
 def _announce(cfg, images, network):
     sizes = ", ".join(f"{size} {split}" for split, size in images.split_sizes.items() if size)
-    log.info("Network: %s, %d candidate layers, %d classes", cfg.model_name, len(network.candidates), images.num_classes)
+    log.info(
+        "Network: %s, %d candidate layers, %d classes", cfg.model_name, len(network.candidates), images.num_classes
+    )
     log.info("Data: %s, images: %s; protocol %s", images.version, sizes, cfg.protocol)
     if network.bn_stats:
-        log.info("Batch normalisation runs on %s statistics", {"stored": "its stored", "batch": "each batch's"}[network.bn_stats])
-    log.info("Device: %s", runtime.device())
+        log.info(
+            "Batch normalisation runs on %s statistics",
+            {"stored": "its stored", "batch": "each batch's"}[network.bn_stats],
+        )
+    log.info("Device: %s", environment.device())
 
 
 def _announce_selection(network, selection, selection_s):

@@ -7,7 +7,7 @@ prints all three for one training scheme; `--json` prints them as one line, and
 measured. The three figures are never mixed:
 
 * Measured, in memory/measure.py: the peak of the framework's allocator on the
-  device in use; memory/scheme.py takes it in a fresh process.
+  device in use; memory/fresh_process.py takes it in a fresh process.
 * Estimated, in memory/estimate.py: from the traced training step, before it runs.
 * Published convention, in memory/convention.py: only to compare with the paper's plot.
 """
@@ -18,10 +18,10 @@ import logging
 import sys
 import traceback
 
-import runtime  # noqa: F401  (before anything imports TensorFlow)
-from errors import RunError, UsageError
+from core import environment  # noqa: F401  (before anything imports TensorFlow)
+from core.errors import RunError, UsageError
+from memory.fresh_process import Figures, figures, measure_peak
 from memory.measure import measured_peak, measured_training_step, peak_rss_bytes
-from memory.scheme import Figures, figures, measure_peak
 
 __all__ = [
     "Figures", "figures", "main", "measure_peak", "measured_peak", "measured_training_step", "parse", "peak_rss_bytes",
@@ -33,10 +33,26 @@ log = logging.getLogger("adabet")
 
 # The flags of main.py that a step's memory hangs on, with main.py's meaning; the
 # defaults that differ are those of the published figure.
-_FLAGS = (
-    "model_name train_type rho batch_size input_size num_classes layers exclude_layers num_betti_batches optimizer "
-    "weights bn_stats dropout global_clipnorm weight_decay seed data_dir debug"
-).split()
+_FLAGS = [
+    "model_name",
+    "train_type",
+    "rho",
+    "batch_size",
+    "input_size",
+    "num_classes",
+    "layers",
+    "exclude_layers",
+    "num_betti_batches",
+    "optimizer",
+    "weights",
+    "bn_stats",
+    "dropout",
+    "global_clipnorm",
+    "weight_decay",
+    "seed",
+    "data_dir",
+    "debug",
+]
 _DEFAULTS = {"input_size": 224, "num_classes": 37}
 
 
@@ -46,7 +62,7 @@ def parse(argv):
     Args:
         argv: list of str, without the program's name.
     """
-    import flags
+    from run import flags
 
     everything = flags.make_parser()
     parser = type(everything)(
@@ -70,7 +86,7 @@ def parse(argv):
 
 def main(argv=None):
     """Runs the command line; returns the exit code: 0, 2 for wrong use, 1 for a failure."""
-    import run_folder
+    from run import folder as run_folder
 
     argv = sys.argv[1:] if argv is None else argv
     run_folder.set_up_logging()

@@ -17,15 +17,14 @@ from dataclasses import dataclass, field
 import keras
 from tqdm import tqdm
 
-import distribution
-import interruption
-import report
-from checkpoint import Checkpointer, restore
-from errors import RunError
+from core import signals, strategy
+from core.errors import RunError
 from memory import estimate
 from memory.measure import measured_peak, measured_training_step
+from models.compiling import compile_model, make_optimizer
 from models.freezing import changing_variables, freeze
-from optimizers import compile_model, make_optimizer
+from run import report
+from training.checkpoint import Checkpointer, restore
 
 log = logging.getLogger("adabet")
 
@@ -99,7 +98,9 @@ def check_what_moved(network, trained_weights, before):
         raise RunError(f"frozen weights must not move, but these did: {sorted(moved - may_move)[:3]}")
     still = set(trained_weights) - moved
     if still:
-        log.warning("%d of %d selected weights never moved, %s among them.", len(still), len(trained_weights), min(still))
+        log.warning(
+            "%d of %d selected weights never moved, %s among them.", len(still), len(trained_weights), min(still)
+        )
 
 
 def carry_over(old, new, variables):
@@ -173,9 +174,11 @@ def fine_tune(network, selection, data, cfg, folder, result, saved=None):
             record already.
     """
     model = network.model
-    held_out, prefix = (data.validation_batches(), "val") if cfg.protocol == "validation" else (data.test_batches(), "test")
+    held_out, prefix = (
+        (data.validation_batches(), "val") if cfg.protocol == "validation" else (data.test_batches(), "test")
+    )
     split = "validation" if cfg.protocol == "validation" else "test"
-    held_out = distribution.even_batches(model.distribute_strategy, held_out, data.split_sizes[split], data.batch_size)
+    held_out = strategy.even_batches(model.distribute_strategy, held_out, data.split_sizes[split], data.batch_size)
     clock = EpochClock(result, cfg, prefix, folder)
     best = BestEpoch()
     checkpointer = Checkpointer(folder.path, cfg, data.steps_per_epoch, selection, result, best, clock)
@@ -210,8 +213,15 @@ def fine_tune(network, selection, data, cfg, folder, result, saved=None):
         with additions(network, current) as penalties:
             if not goes_on:
                 clock.begin_segment(measure(network, data.train_batches(start, start + 1), result))
-            callbacks = [penalties, StopWhenDiverged(result, data.steps_per_epoch), clock, best, ProgressBar(cfg.num_epochs),
-                         keras.callbacks.TensorBoard(folder.path / "tensorboard", write_graph=False), checkpointer]
+            callbacks = [
+                penalties,
+                StopWhenDiverged(result, data.steps_per_epoch),
+                clock,
+                best,
+                ProgressBar(cfg.num_epochs),
+                keras.callbacks.TensorBoard(folder.path / "tensorboard", write_graph=False),
+                checkpointer,
+            ]
             end = min(start + segment, cfg.num_epochs)
             if step:
                 clock.epoch_s_before = saved.record["epoch_s"]
@@ -229,7 +239,7 @@ def fine_tune(network, selection, data, cfg, folder, result, saved=None):
                     shuffle=False,  # the data are shuffled already, and Keras warns of doing both
                     callbacks=callbacks,
                 )
-            interruption.release()
+            signals.release()
         check_what_moved(network, current.trained_weights, checkpointer.checksums)
         if current.facts:
             result.facts = current.facts()
@@ -247,7 +257,7 @@ def fine_tune(network, selection, data, cfg, folder, result, saved=None):
     if cfg.protocol == "validation":
         result.val_accuracy = percent(best.accuracy, sizes["validation"])
         start = time.perf_counter()
-        test = distribution.even_batches(model.distribute_strategy, data.test_batches(), sizes["test"], data.batch_size)
+        test = strategy.even_batches(model.distribute_strategy, data.test_batches(), sizes["test"], data.batch_size)
         tested = model.evaluate(test, verbose=0, return_dict=True)["accuracy"]
         result.eval_s += time.perf_counter() - start
     else:
@@ -337,7 +347,9 @@ def reselect(selection, epoch, result):
     result.selection_s = (result.selection_s or 0.0) + time.perf_counter() - start
     result.selection_peak_bytes = max_known(result.selection_peak_bytes, peak.bytes)
     result.later.append((epoch + 1, following))
-    left, came = (set(a.trained_weights) - set(b.trained_weights) for a, b in ((selection, following), (following, selection)))
+    left, came = (
+        set(a.trained_weights) - set(b.trained_weights) for a, b in ((selection, following), (following, selection))
+    )
     log.info(
         "Epoch %d: selected anew, %d weights train, %d of them new, %d no more",
         epoch + 1, len(following.trained_weights), len(came), len(left),
@@ -367,7 +379,9 @@ class EpochClock(keras.callbacks.Callback):
         if not self.step_s:
             return self.compile_s_before
         step_s = statistics.median(self.step_s)
-        firsts = [first_s for first_s, _ in self.first_steps] + [self.step_s[i] for _, i in self.first_steps if i < len(self.step_s)]
+        firsts = [first_s for first_s, _ in self.first_steps] + [
+            self.step_s[i] for _, i in self.first_steps if i < len(self.step_s)
+        ]
         return self.compile_s_before + sum(max(0.0, first_s - step_s) for first_s in firsts)
 
     def seconds_so_far(self):

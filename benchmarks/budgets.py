@@ -31,7 +31,10 @@ def main(argv=None):
     parser.add_argument("--log_dir", default="logs/budgets")
     parser.add_argument("more", nargs="*", help="further flags of main.py, after --")
     args = parser.parse_args(argv)
-    print(f"{'model':<12} {'budget':>8} {'estimated':>9} {'measured':>8}  ratio  layers  next layer, with its estimate", flush=True)
+    print(
+        f"{'model':<12} {'budget':>8} {'estimated':>9} {'measured':>8}  ratio  layers  next layer, with its estimate",
+        flush=True,
+    )
     missed = 0
     for model in args.models:
         least, most = (estimate(args, model, scheme) for scheme in ("traditional_tl_training", "full_training"))

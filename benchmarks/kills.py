@@ -30,10 +30,25 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 
-COMMON = (
-    "--weights none --input_size 32 --limit_train 120 --limit_test 40 --batch_size 16 --num_epochs 3 --num_betti_batches 2 "
-    "--checkpoint_minutes 0 --save_model"
-).split()
+COMMON = [
+    "--weights",
+    "none",
+    "--input_size",
+    "32",
+    "--limit_train",
+    "120",
+    "--limit_test",
+    "40",
+    "--batch_size",
+    "16",
+    "--num_epochs",
+    "3",
+    "--num_betti_batches",
+    "2",
+    "--checkpoint_minutes",
+    "0",
+    "--save_model",
+]
 # What is special about each: ranks once; selects again, and trains other weights; prunes; two slots a weight.
 SETTINGS = {
     "act_norm_betti_train": ["--model_name", "mobilenetv2"],
@@ -88,7 +103,9 @@ def kill_and_compare(settings, kills, seed, out, program=(str(ROOT / "main.py"),
     """
     rng, differing = random.Random(seed), 0
     alone = {}
-    for number, (phase, name) in enumerate(itertools.islice(itertools.cycle(itertools.product(phases, settings)), kills)):
+    for number, (phase, name) in enumerate(
+        itertools.islice(itertools.cycle(itertools.product(phases, settings)), kills)
+    ):
         command = [sys.executable, *program, *settings[name], "--log_dir", str(out), "--run_name"]
         if name not in alone:
             alone[name] = left_alone([*command, f"{name}_alone"], out / f"{name}_alone")
@@ -182,7 +199,9 @@ def log_of(folder):
 def compare(one, other):
     """Returns a list of what differs between two finished run folders, but for times and measured memory."""
     differing = [name for name in ("selection.json", "timings.json") if _bytes(one / name) != _bytes(other / name)]
-    differing += [name for name, read in (("metrics.csv", metrics), ("summary.json", summary)) if read(one) != read(other)]
+    differing += [
+        name for name, read in (("metrics.csv", metrics), ("summary.json", summary)) if read(one) != read(other)
+    ]
     ours, theirs = weights(one / "model.keras"), weights(other / "model.keras")
     differing += [name for name in {**ours, **theirs} if not np.array_equal(ours.get(name), theirs.get(name))]
     left_over = {path.name for path in other.iterdir()} - {path.name for path in one.iterdir()}

@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import runtime  # noqa: E402, F401  before TensorFlow, as in every entry point
+from core import environment  # noqa: E402, F401  before TensorFlow, as in every entry point
 from selection import SCHEMES  # noqa: E402
 
 RATES = ("1e-3", "3e-3", "1e-2", "3e-2")
@@ -43,7 +43,9 @@ def main(argv=None):
 def make_parser():
     """Returns the argparse parser."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--weights", required=True, help="a pretrained weights file for --model_name, as main.py takes it")
+    parser.add_argument(
+        "--weights", required=True, help="a pretrained weights file for --model_name, as main.py takes it"
+    )
     parser.add_argument("--model_name", default="mobilenetv2")
     parser.add_argument("--input_size", default="96", help="pixels (default: 96)")
     # listed_layers has no layers of its own to tune for; the variants share a row's defaults.

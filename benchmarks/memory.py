@@ -35,7 +35,10 @@ def main(argv=None):
     parser.add_argument("--json", action="store_true", help="also print all of it as one line, last")
     args = parser.parse_args(argv)
 
-    print(f"{'model':<12} {'scheme':<24} {'batch':>5} {'opt':<5} {'measured':>9} {'estimated':>9}  ratio  peak at", flush=True)
+    print(
+        f"{'model':<12} {'scheme':<24} {'batch':>5} {'opt':<5} {'measured':>9} {'estimated':>9}  ratio  peak at",
+        flush=True,
+    )
     cases, failed = [], 0
     for model, batch_size, optimizer, scheme in itertools.product(
         args.models, args.batch_sizes, args.optimizers, args.schemes

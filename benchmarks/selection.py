@@ -31,10 +31,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import runtime
-
 import numpy as np
 
+from core import environment
 
 CLEAR_REFS = Path("/proc/self/clear_refs")  # writing 5 makes the highest resident size count from here
 
@@ -52,7 +51,9 @@ def main(argv=None):
         "--bn_stats", default="stored", choices=("stored", "batch"),
         help="what batch normalisation runs on, on all roads; (c) knows the stored ones alone (default: stored)",
     )  # fmt: skip
-    parser.add_argument("--collect", action=argparse.BooleanOptionalAction, default=True, help="measure (c) too (default: yes)")
+    parser.add_argument(
+        "--collect", action=argparse.BooleanOptionalAction, default=True, help="measure (c) too (default: yes)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one line of JSON, last")
     args = parser.parse_args(argv)
@@ -125,11 +126,11 @@ def measure(args):
 
 def prepare(args):
     """Returns the models.Network, its statistics not calibrated yet, and the batches of images."""
-    runtime.load_tensorflow()
+    environment.load_tensorflow()
     import models
-    from config import Config
+    from core.config import Config
 
-    runtime.seed_everything(args.seed)
+    environment.seed_everything(args.seed)
     network = models.build(
         Config(model_name=args.model_name, weights=args.weights, input_size=args.input_size, bn_stats=args.bn_stats), 10
     )

@@ -14,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import runtime
-
 import numpy as np
+
+from core import environment
 
 
 def main(argv=None):
@@ -53,10 +53,10 @@ def main(argv=None):
 
 def scores_per_cloud(args, points, seed):
     """Returns AdaBet's scores, float array of shape (clouds, layers), on other images for each seed."""
-    runtime.load_tensorflow()
+    environment.load_tensorflow()
     import data
     import models
-    from config import Config
+    from core.config import Config
     from selection.topology import count_bars
 
     cfg = Config(
@@ -91,7 +91,13 @@ def draw(agreement, args):
     figure, axes = plt.subplots(figsize=(5.5, 3.4), layout="constrained")
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(agreement)))
     for (points, row), colour, marker in zip(agreement.items(), colours, "osD^v<>"):
-        axes.plot(range(1, len(row) + 1), [100 * share for share in row], marker=marker, color=colour, label=f"{points} points")
+        axes.plot(
+            range(1, len(row) + 1),
+            [100 * share for share in row],
+            marker=marker,
+            color=colour,
+            label=f"{points} points",
+        )
     axes.set(
         xlabel="Point clouds a ranking",
         ylabel="Chosen layers in common (%)",

@@ -8,7 +8,7 @@ import difflib
 import re
 from dataclasses import dataclass
 
-from errors import UsageError
+from core.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,7 @@ def unknown_name(name, more_names=()):
     close = list(dict.fromkeys([*within, *spelt]))
     hint = f"did you mean {' or '.join(close)}?" if close else "correct the name."
     return UsageError(
-        f"--dataset_name must be one of {', '.join(DATASETS)}, or a TFDS name. "
-        f"Received: {name!r}; {hint}"
+        f"--dataset_name must be one of {', '.join(DATASETS)}, or a TFDS name. Received: {name!r}; {hint}"
     )
 
 
@@ -187,8 +186,7 @@ def load(cfg):
 def _check_flags(cfg):
     if cfg.dataset_name == "image_folder" and not cfg.image_dir:
         raise UsageError(
-            "--dataset_name image_folder needs a folder of images. Received no --image_dir; "
-            "add --image_dir FOLDER."
+            "--dataset_name image_folder needs a folder of images. Received no --image_dir; add --image_dir FOLDER."
         )
     if cfg.dataset_name != "image_folder" and cfg.image_dir:
         raise UsageError(
@@ -203,6 +201,4 @@ def _check_flags(cfg):
     for flag in ("limit_train", "limit_test"):
         limit = getattr(cfg, flag)
         if limit is not None and limit < 1:
-            raise UsageError(
-                f"--{flag} must be at least 1 image. Received: {limit}; leave it out for no limit."
-            )
+            raise UsageError(f"--{flag} must be at least 1 image. Received: {limit}; leave it out for no limit.")

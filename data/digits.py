@@ -33,9 +33,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
         _, labels = load_digits(return_X_y=True)
         # Part of the data set, so apart from --seed: everybody tests on the same images.
-        train, test = train_test_split(
-            np.arange(len(labels)), test_size=TEST_IMAGES, stratify=labels, random_state=0
-        )
+        train, test = train_test_split(np.arange(len(labels)), test_size=TEST_IMAGES, stratify=labels, random_state=0)
         return {"train": self._generate_examples(train), "test": self._generate_examples(test)}
 
     def _generate_examples(self, positions):
@@ -44,7 +42,10 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         digits = load_digits()
         grey = np.rint(digits.images * (255 / _BRIGHTEST)).astype(np.uint8)  # (1797, 8, 8)
         for position in positions.tolist():
-            yield position, {
-                "image": grey[position][:, :, None],
-                "label": int(digits.target[position]),
-            }
+            yield (
+                position,
+                {
+                    "image": grey[position][:, :, None],
+                    "label": int(digits.target[position]),
+                },
+            )

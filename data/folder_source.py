@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
+from core.errors import UsageError
 from data.image_files import SUFFIXES, printable
 from data.source import Source, check_num_classes
-from errors import UsageError
 
 log = logging.getLogger("adabet")
 
@@ -121,7 +121,9 @@ def _index(split_root, class_names, may_lack_classes):
             key = hashlib.sha256(os.fsencode(f"{class_name}/{file.name}")).hexdigest()
             entries.append((key, str(file), label))
     if ignored:
-        log.warning("%s: ignored %d hidden files, folders, or files of other types in the class folders", split_root, ignored)
+        log.warning(
+            "%s: ignored %d hidden files, folders, or files of other types in the class folders", split_root, ignored
+        )
     if not entries:
         raise _error("must hold images in each split", f"{split_root} without any", "add images")
     entries.sort()
@@ -152,7 +154,9 @@ def _entries(folder):
     try:
         return list(folder.iterdir())
     except OSError as error:
-        raise _error("must be readable", f"{printable(str(folder))} ({error.strerror})", "change its permissions") from error
+        raise _error(
+            "must be readable", f"{printable(str(folder))} ({error.strerror})", "change its permissions"
+        ) from error
 
 
 def _error(rule, received, fix):

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from errors import UsageError
+from core.errors import UsageError
 
 log = logging.getLogger("adabet")
 

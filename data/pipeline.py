@@ -142,9 +142,7 @@ class Data:
         # A source keeps its own order: put the images into the drawn one.
         by_position = np.argsort(position)
         order = by_position[np.searchsorted(position, chosen, sorter=by_position)]
-        held = tf.data.Dataset.from_tensor_slices(
-            (tf.gather(encoded, order), tf.gather(label, order))
-        )
+        held = tf.data.Dataset.from_tensor_slices((tf.gather(encoded, order), tf.gather(label, order)))
         return (
             held.map(
                 lambda encoded, label: (decode_image(encoded, self._cfg.input_size), label),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from errors import UsageError
+from core.errors import UsageError
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ A split depends on the labels, the seed and the limits, and on nothing else.
 
 import numpy as np
 
-from errors import UsageError
+from core.errors import UsageError
 
 VALIDATION_SHARE = 0.1  # of train, where the set has no validation split
 TEST_SHARE = 0.2  # of train, where the set has neither test nor validation split
@@ -43,10 +43,7 @@ def stratified_sample(labels, count, rng, spare_one=False):
     while taken.sum() < count:
         missing = np.where(taken < available, share - taken, -np.inf)
         taken[order[np.argmax(missing[order])]] += 1
-    drawn = [
-        rng.permutation(np.flatnonzero(labels == label))[:number]
-        for label, number in zip(classes, taken)
-    ]
+    drawn = [rng.permutation(np.flatnonzero(labels == label))[:number] for label, number in zip(classes, taken)]
     return np.sort(np.concatenate([np.empty(0, np.int64), *drawn]))
 
 

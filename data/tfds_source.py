@@ -15,15 +15,13 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 import data
-import downloads
+from core import reachability
+from core.errors import RunError, UsageError
 from data import digits  # noqa: F401  (defining the builder registers it with TFDS)
 from data.source import Source, check_num_classes
-from errors import RunError, UsageError
 
 # One file after the other: positions in a split mean the same image in every pass.
-_READ_CONFIG = tfds.ReadConfig(
-    interleave_cycle_length=1, try_autocache=False, skip_prefetch=True, shuffle_seed=None
-)
+_READ_CONFIG = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False, skip_prefetch=True, shuffle_seed=None)
 
 # Its warnings (a set that isn't prepared yet, deprecations within itself) tell users nothing.
 logging.getLogger("absl").addFilter(lambda record: "tensorflow_datasets" not in record.pathname)
@@ -161,8 +159,7 @@ def prepare(builder, cfg):
     for module, package in data.dataset_row(name).needs:
         if importlib.util.find_spec(module) is None:
             raise RunError(
-                f"Preparing {name} needs the module {module}, which isn't installed; "
-                f"run: pip install {package}"
+                f"Preparing {name} needs the module {module}, which isn't installed; run: pip install {package}"
             )
     _check_reachable(builder, name)
     if not sys.stderr.isatty():
@@ -196,13 +193,9 @@ def _check_reachable(builder, name):
     if not by_host:
         return
     with ThreadPoolExecutor(len(by_host)) as pool:  # at once: the slowest decides
-        why = dict(zip(by_host, pool.map(downloads.unreachable, by_host.values())))
+        why = dict(zip(by_host, pool.map(reachability.unreachable, by_host.values())))
     # A file that moved is registered at its old and new address: one is enough.
-    lost = [
-        urls
-        for urls in addresses.values()
-        if all(why[urlsplit(url).netloc] is not None for url in urls)
-    ]
+    lost = [urls for urls in addresses.values() if all(why[urlsplit(url).netloc] is not None for url in urls)]
     # TFDS registers the files of all configs and versions of a set together. Of the
     # sets in the table all are needed; of any other, perhaps only some.
     pinned = data.dataset_row(name).tfds is not None

@@ -8,10 +8,10 @@ might slip under the budget by chance; none is looked for.)
 
 import logging
 
-from errors import UsageError
+from core.errors import UsageError
 from memory import estimate
+from models.compiling import compile_model, make_optimizer
 from models.freezing import freeze
-from optimizers import compile_model, make_optimizer
 from selection.ranking import with_prefix
 
 log = logging.getLogger("adabet")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-from memory import executor, step_graph
-from memory.allocator import Allocator
+from memory.simulator import executor, step_graph
+from memory.simulator.allocator import Allocator
 
 log = logging.getLogger("adabet")
 

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-import runtime
-from memory import convention, scheme
+from core import environment
+from memory import convention, fresh_process
 from selection import SCHEMES
 
 MODELS = {"resnet50": "ResNet50", "vit": "ViT-B/16", "mobilenetv2": "MobileNetV2", "vgg16": "VGG16"}
@@ -29,7 +29,7 @@ def draw(cfg, path):
     Returns:
         str. The figures as text.
     """
-    runtime.load_tensorflow()
+    environment.load_tensorflow()
     rows = {}
     for model_name in MODELS:
         own = replace(cfg, model_name=model_name, rho=0.1, num_betti_batches=cfg.num_betti_batches or 4)
@@ -44,13 +44,13 @@ def _scheme(bar):
 
 def _figures(cfg, bar):
     """Returns (MB by convention, measured MB) of one bar."""
-    network = scheme.build(cfg, cfg.num_classes)
+    network = fresh_process.build(cfg, cfg.num_classes)
     if bar == "inference":
         trained = ()
-        peak = scheme.measure_peak(cfg, cfg.num_classes, "inference")
+        peak = fresh_process.measure_peak(cfg, cfg.num_classes, "inference")
     else:
-        trained = scheme.select(network, cfg).trained_weights
-        peak = scheme.measure_peak(cfg, cfg.num_classes, "training", trained)
+        trained = fresh_process.select(network, cfg).trained_weights
+        peak = fresh_process.measure_peak(cfg, cfg.num_classes, "training", trained)
     return convention.megabytes(network, trained), None if peak.bytes is None else peak.bytes / convention.MB
 
 

@@ -1,6 +1,6 @@
 """Peak memory as the framework's allocator counts it, on the device in use.
 
-On a CPU that takes the allocator that runtime.py chooses; on a GPU every
+On a CPU that takes the allocator that environment.py chooses; on a GPU every
 allocator counts. What counts is all that TensorFlow holds there: weights,
 optimizer state, activations, gradients and workspace. Memory of NumPy and gudhi
 doesn't; the process's peak resident size, beside it, has everything.
@@ -15,7 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 
-import runtime
+from core import environment
 
 log = logging.getLogger("adabet")
 
@@ -46,7 +46,7 @@ def measured_peak():
     """
     import tensorflow as tf
 
-    peak = Peak(None, runtime.device())
+    peak = Peak(None, environment.device())
     try:
         tf.config.experimental.reset_memory_stats(peak.device)
     except ValueError as error:

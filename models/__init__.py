@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
-from errors import RunError, UsageError
+from core.errors import RunError, UsageError
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,7 @@ BACKBONES = {
         preprocessing="symmetric",
         has_batch_norm=True,
         imagenet=Imagenet(
-            url=_KERAS_FILES
-            + "mobilenet_v2/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_{size}_no_top.h5",
+            url=_KERAS_FILES + "mobilenet_v2/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_{size}_no_top.h5",
             sizes=(96, 128, 160, 192, 224),
         ),
     ),
@@ -128,8 +127,7 @@ def check_input_size(model_name, input_size):
         rule += f" and a multiple of {row.size_multiple}"
     nearest = max(row.min_size, round(input_size / row.size_multiple) * row.size_multiple)
     raise UsageError(
-        f"--input_size must be {rule} for {model_name}; received {input_size}; "
-        f"the nearest that works is {nearest}"
+        f"--input_size must be {rule} for {model_name}; received {input_size}; the nearest that works is {nearest}"
     )
 
 

@@ -1,6 +1,6 @@
 """Which weights train, set on single weights."""
 
-from errors import RunError
+from core.errors import RunError
 
 
 def freeze(network, trained_weights):

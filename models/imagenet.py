@@ -9,7 +9,7 @@ import sys
 
 import keras
 
-import downloads
+from core import reachability
 from models import weight_files
 
 log = logging.getLogger("adabet")
@@ -121,7 +121,7 @@ def _variables_as_layers(backbone):
 
 
 def _probe(url):
-    reason = downloads.unreachable(url)
+    reason = reachability.unreachable(url)
     if reason:
         raise Unavailable(f"{url} can't be reached: {reason}")
 

@@ -28,17 +28,13 @@ def make_backbone(input_size):
     Args:
         input_size: int. Pixels, a multiple of the patch size.
     """
-    return keras_hub.models.ViTBackbone(
-        image_shape=(input_size, input_size, 3), name="backbone", **HYPERPARAMETERS
-    )
+    return keras_hub.models.ViTBackbone(image_shape=(input_size, input_size, 3), name="backbone", **HYPERPARAMETERS)
 
 
 def preset_folder(preset):
     """Returns the folder in which kagglehub keeps `preset`, present or not."""
     handle = keras_hub.models.ViTBackbone.presets[preset]["kaggle_handle"]
-    cache = os.environ.get("KAGGLEHUB_CACHE") or os.path.join(
-        os.path.expanduser("~"), ".cache", "kagglehub"
-    )
+    cache = os.environ.get("KAGGLEHUB_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "kagglehub")
     return os.path.join(cache, "models", *handle.removeprefix("kaggle://").split("/"))
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import h5py
 
-from errors import UsageError
+from core.errors import UsageError
 
 _ARCHIVE_WEIGHTS = "model.weights.h5"
 _ARCHIVE_CONFIG = "config.json"

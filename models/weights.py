@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 
-from errors import RunError, UsageError
+from core.errors import RunError, UsageError
 from models import BACKBONES, imagenet, weight_files
 
 log = logging.getLogger("adabet")
@@ -167,9 +167,7 @@ def _structure(layer, path, seen):
             count = {}
             for item in child:
                 if isinstance(item, keras.layers.Layer):
-                    item_name = weight_files.numbered(
-                        weight_files.snake_case(type(item).__name__), count
-                    )
+                    item_name = weight_files.numbered(weight_files.snake_case(type(item).__name__), count)
                     yield from _structure(item, f"{prefix}{name}/{item_name}", seen)
 
 
@@ -218,9 +216,7 @@ def _match_names(targets, stored):
 def _match_structure(targets, stored):
     by_structure = {layer.structure: layer for layer in stored if layer.structure}
     first = targets[0].structure
-    outer_paths = {
-        path.removesuffix(first) for path in by_structure if f"/{path}".endswith(f"/{first}")
-    }
+    outer_paths = {path.removesuffix(first) for path in by_structure if f"/{path}".endswith(f"/{first}")}
     best = []
     for outer in sorted(outer_paths):
         matches = []

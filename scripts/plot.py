@@ -24,12 +24,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
-import runs as run_folders  # noqa: E402
-from config import Config  # noqa: E402
-from errors import UsageError  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
-from selection import SCHEMES  # noqa: E402
+import matplotlib.pyplot as plt
+import runs as run_folders
+from matplotlib.ticker import MaxNLocator
+
+from core.config import Config
+from core.errors import UsageError
+from selection import SCHEMES
 
 # Okabe and Ito's colours: distinct for the colour-blind; markers and dashes tell them apart in grey.
 BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C8C"
@@ -114,7 +115,11 @@ def profile(found):
     drawn = set()
     for run in found:
         selection = run.selection()
-        if not selection or run.pair + run.scheme in drawn or not any(row.get("betti_1") for row in selection["layers"]):
+        if (
+            not selection
+            or run.pair + run.scheme in drawn
+            or not any(row.get("betti_1") for row in selection["layers"])
+        ):
             continue
         drawn.add(run.pair + run.scheme)
         layers = selection["layers"]
@@ -127,9 +132,14 @@ def profile(found):
             colours = [RED if is_chosen else SKY for is_chosen in chosen]
             axis.vlines(place, 0 if key == "betti_1" else min((v for v in values if v), default=1) / 2,
                         [value or 0 for value in values], colors=colours, linewidth=1.2)  # fmt: skip
-            for is_chosen, colour, marker, size, name in ((False, SKY, "o", 9, "frozen"), (True, RED, "D", 18, "selected")):
+            for is_chosen, colour, marker, size, name in (
+                (False, SKY, "o", 9, "frozen"),
+                (True, RED, "D", 18, "selected"),
+            ):
                 points = [(x, v) for x, v, c in zip(place, values, chosen) if c == is_chosen and v is not None]
-                axis.scatter(*zip(*points) if points else ([], []), s=size, c=colour, marker=marker, label=name, zorder=3)
+                axis.scatter(
+                    *zip(*points) if points else ([], []), s=size, c=colour, marker=marker, label=name, zorder=3
+                )
             axis.set_ylabel(label)
             axis.grid(axis="y")
         if any(row["score"] for row in layers):
@@ -138,9 +148,13 @@ def profile(found):
         axes[1].set_xlim(0, len(layers) + 1)
         axes[0].set_ylim(bottom=0)
         scheme, rho = run.scheme
-        axes[0].set_title(f"{run.pair[0]} on {run.pair[1]}: {scheme}, rho {rho:g}, seed {run.seed}", loc="left", fontsize=9)
+        axes[0].set_title(
+            f"{run.pair[0]} on {run.pair[1]}: {scheme}, rho {rho:g}, seed {run.seed}", loc="left", fontsize=9
+        )
         handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles[::-1], names[::-1], loc="upper right", ncols=2, bbox_to_anchor=(0.99, 1.0), columnspacing=1)
+        figure.legend(
+            handles[::-1], names[::-1], loc="upper right", ncols=2, bbox_to_anchor=(0.99, 1.0), columnspacing=1
+        )
         figure.align_ylabels()
         figure.tight_layout()
         yield f"profile_{'_'.join(run.pair).replace('/', '-')}_{scheme}_rho{rho:g}", figure
@@ -155,7 +169,9 @@ def memory(found):
         figures = {}
         for model in dict.fromkeys(run.pair[0] for run in found):
             here = [run for run in done(found) if run.pair == (model, dataset)]
-            adabet = _peaks([run for run in here if run.config["train_type"] == ADABET and run.config["rho"] == SCHEMES[ADABET].rho])
+            adabet = _peaks(
+                [run for run in here if run.config["train_type"] == ADABET and run.config["rho"] == SCHEMES[ADABET].rho]
+            )
             full = _peaks([run for run in here if run.config["train_type"] == FULL])
             if adabet and full:
                 config = next(run.config for run in here if run.config["train_type"] == ADABET)
@@ -170,7 +186,9 @@ def memory(found):
             known = [(x, height) for x, height in zip(places, heights) if height is not None]
             if not known:
                 continue
-            bars = axis.bar(*zip(*known), width=0.25, color=colour, hatch=hatch, edgecolor="white", linewidth=0, label=name)
+            bars = axis.bar(
+                *zip(*known), width=0.25, color=colour, hatch=hatch, edgecolor="white", linewidth=0, label=name
+            )
             axis.bar_label(bars, fmt="%.0f", fontsize=8, padding=1)
         axis.set_xticks(range(len(figures)), list(figures))
         axis.set_xlim(-0.6, len(figures) - 0.4)
@@ -182,7 +200,9 @@ def memory(found):
 
 
 def _peaks(members):
-    return [run.summary["peak_memory_bytes_measured"] for run in members if run.summary.get("peak_memory_bytes_measured")]
+    return [
+        run.summary["peak_memory_bytes_measured"] for run in members if run.summary.get("peak_memory_bytes_measured")
+    ]
 
 
 def inference_peak_bytes(config):
@@ -201,11 +221,12 @@ def inference_peak_bytes(config):
 
 def measure_inference(wanted):
     """Prints the peak of a forward pass: what `inference_peak_bytes` asks of its process."""
-    import runtime
+    from core import environment
 
-    runtime.load_tensorflow()
-    import models
+    environment.load_tensorflow()
     import tensorflow as tf
+
+    import models
     from memory.measure import measured_peak
 
     size = wanted["input_size"]
@@ -238,7 +259,11 @@ def tradeoff(found):
             points = {}
             for name, runs in columns.items():
                 by_seed, _ = run_folders.one_per_seed(runs)
-                pairs = [(run.summary[key] / unit, run.summary["accuracy"]) for run in by_seed.values() if run.summary.get(key)]
+                pairs = [
+                    (run.summary[key] / unit, run.summary["accuracy"])
+                    for run in by_seed.values()
+                    if run.summary.get(key)
+                ]
                 if pairs:
                     (cost, cost_sd), (accuracy, accuracy_sd) = map(mean_and_sd, zip(*pairs))
                     points[name] = (cost, accuracy)
@@ -246,7 +271,9 @@ def tradeoff(found):
                     axis.errorbar(cost, accuracy, accuracy_sd or None, cost_sd or None, color=colour, marker=marker,
                                   markersize=6, linestyle="none", capsize=2, label=name, zorder=3)  # fmt: skip
             front = pareto(points.values())
-            axis.plot(*zip(*front), color=GREY, linewidth=1, linestyle="--", drawstyle="steps-post", label="Pareto front")
+            axis.plot(
+                *zip(*front), color=GREY, linewidth=1, linestyle="--", drawstyle="steps-post", label="Pareto front"
+            )
             axis.set_xlabel(label)
             axis.set_xlim(left=0)
             axis.grid()
@@ -315,7 +342,9 @@ def over_rho(found):
 def curves(found):
     """Yields a picture for each network and data set: a line a scheme, the mean over seeds, their range shaded."""
     for pair, members, stem in by_pair(found):
-        columns = {name: [m for run in runs if (m := run.metrics())] for name, runs in run_folders.labelled(members).items()}
+        columns = {
+            name: [m for run in runs if (m := run.metrics())] for name, runs in run_folders.labelled(members).items()
+        }
         columns = {name: metrics for name, metrics in columns.items() if metrics}
         if not columns:
             continue

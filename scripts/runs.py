@@ -10,12 +10,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import flags  # noqa: E402
-from config import Config  # noqa: E402
+from core.config import Config  # noqa: E402
+from core.errors import UsageError  # noqa: E402
 from data import DATASETS  # noqa: E402
-from errors import UsageError  # noqa: E402
 from models import BACKBONES  # noqa: E402
-from run_folder import decisive  # noqa: E402
+from run import flags  # noqa: E402
+from run.folder import decisive  # noqa: E402
 from selection import SCHEMES, SELECTION_FLAGS  # noqa: E402
 
 _FILES = ("config.json", "summary.json", "selection.json", "metrics.csv", "log.txt")
@@ -88,7 +88,9 @@ def read(log_dirs):
             if not any((folder / name).exists() for name in _FILES):
                 continue  # not a run's
             config = _json(folder / "config.json")
-            if not isinstance(config, dict) or not {"model_name", "dataset_name", "train_type", "rho", "seed"} <= set(config):
+            if not isinstance(config, dict) or not {"model_name", "dataset_name", "train_type", "rho", "seed"} <= set(
+                config
+            ):
                 notes.append(f"{folder} is left out: it has no readable config.json")
                 continue
             if config.get("select_only"):

@@ -35,12 +35,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import flags  # noqa: E402
-from config import Config  # noqa: E402
+from core.config import Config  # noqa: E402
+from core.errors import UsageError  # noqa: E402
+from core.files import write_whole  # noqa: E402
 from data import DATASETS  # noqa: E402
-from errors import UsageError  # noqa: E402
 from models import BACKBONES  # noqa: E402
-from run_folder import decisive, differing_flags, finished_summary, recorded, write_whole  # noqa: E402
+from run import flags  # noqa: E402
+from run.folder import decisive, differing_flags, finished_summary, recorded  # noqa: E402
 from selection import ALIASES, SCHEMES  # noqa: E402
 
 ADABET_AND_BASELINES = (
@@ -156,12 +157,21 @@ def make_parser():
     parser.add_argument("--seeds", default="0", help="comma-separated (default: %(default)s)")
     parser.add_argument("--weights", default="imagenet", help="as main.py takes it (default: %(default)s)")
     parser.add_argument("--log_dir", default=Config.log_dir, help="folder of the run folders (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=None, help="runs at a time (default here: 1; on Slurm: its own choice)")
-    parser.add_argument("--launcher", choices=("local", "slurm"), default="local", help="slurm: one array job, through submitit")
     parser.add_argument(
-        "--slurm_parameters", default="", metavar="NAME=VALUE,...", help="for submitit, e.g. slurm_partition=gpu,timeout_min=600"
+        "--jobs", type=int, default=None, help="runs at a time (default here: 1; on Slurm: its own choice)"
     )
-    parser.add_argument("--skip_prepare", action="store_true", help="data sets and weights are ready: don't look after them")
+    parser.add_argument(
+        "--launcher", choices=("local", "slurm"), default="local", help="slurm: one array job, through submitit"
+    )
+    parser.add_argument(
+        "--slurm_parameters",
+        default="",
+        metavar="NAME=VALUE,...",
+        help="for submitit, e.g. slurm_partition=gpu,timeout_min=600",
+    )
+    parser.add_argument(
+        "--skip_prepare", action="store_true", help="data sets and weights are ready: don't look after them"
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the commands of the runs that aren't done")
     return parser
 
@@ -438,7 +448,9 @@ def run_here(runs, args, program, board):
             while waiting and len(working) < (args.jobs or 1):
                 run = waiting.pop()
                 try:
-                    child = working[run] = Child(run.name, run.words, args.log_dir, program, lambda: flags_to_go_on(run))
+                    child = working[run] = Child(
+                        run.name, run.words, args.log_dir, program, lambda: flags_to_go_on(run)
+                    )
                 except Busy:
                     console = Path(args.log_dir) / "sweep" / f"{run.name}.log"
                     board.ended(run, "busy", None, "another sweep is at it", console)
@@ -545,7 +557,7 @@ class Board:
     """What the sweep shows and records: a live table on a terminal, plain lines in a log."""
 
     def __init__(self, runs, todo):
-        self.states = {run: "open" for run in todo}
+        self.states = dict.fromkeys(todo, "open")
         self.runs = runs
         self.skipped = [run for run in runs if run not in self.states]
         self.ended_count = len(self.skipped)
@@ -588,7 +600,13 @@ class Board:
         """
         self.states[run] = state
         self.ended_count += 1
-        failure = {"state": state, "exit_code": exit_code, "last_line": last_line, "log": str(log), "arguments": run.words}
+        failure = {
+            "state": state,
+            "exit_code": exit_code,
+            "last_line": last_line,
+            "log": str(log),
+            "arguments": run.words,
+        }
         _write_failure(run.cfg.log_dir, run.name, None if state == "done" else failure)
         note = _result(run) if state == "done" else f"{last_line} ({log})"
         self.say(f"[{self.ended_count}/{len(self.runs)}] {run.name}: {state}{note and ', '}{note}")
@@ -624,7 +642,8 @@ def _result(run):
     summary = json.loads((run.folder / "summary.json").read_text())
     accuracy, seconds = summary.get("accuracy"), summary.get("train_s")
     return ", ".join(
-        ([] if accuracy is None else [f"accuracy {accuracy:.2f} %"]) + ([] if seconds is None else [f"{seconds:.1f} s of training"])
+        ([] if accuracy is None else [f"accuracy {accuracy:.2f} %"])
+        + ([] if seconds is None else [f"{seconds:.1f} s of training"])
     )
 
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import runs as run_folders
-from errors import UsageError
-from run_folder import write_whole
+
+from core.errors import UsageError
+from core.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -160,10 +161,16 @@ class Table:
             rows.append([*pair, *texts])
         complete = self.complete_pairs(metric)
         means = [
-            f"{statistics.fmean(self.cells[p, c].mean(metric) for p in complete) / metric.unit:.{metric.digits}f}" if complete else "-"
+            f"{statistics.fmean(self.cells[p, c].mean(metric) for p in complete) / metric.unit:.{metric.digits}f}"
+            if complete
+            else "-"
             for c in self.columns
         ]
-        which = f"{len(complete)} of {len(self.pairs)} rows, those complete" if len(complete) < len(self.pairs) else f"all {len(complete)} rows"
+        which = (
+            f"{len(complete)} of {len(self.pairs)} rows, those complete"
+            if len(complete) < len(self.pairs)
+            else f"all {len(complete)} rows"
+        )
         return [*rows, ["mean", which, *means]]
 
     def markdown(self):
@@ -203,7 +210,9 @@ class Table:
             row = {"model_name": pair[0], "dataset_name": pair[1], "train_type": scheme, "rho": rho, "column": column}
             for m in METRICS:
                 row |= {f"{m.csv_name}_mean": cell.mean(m), f"{m.csv_name}_sd": cell.sd(m)}
-            writer.writerow({**row, "runs": len(cell.runs), "best": int(column in self.best(pair)), "lacking": cell.lacking})
+            writer.writerow(
+                {**row, "runs": len(cell.runs), "best": int(column in self.best(pair)), "lacking": cell.lacking}
+            )
         return text.getvalue()
 
 
@@ -225,7 +234,9 @@ def _about(found, seeds):
     done = [run for run in found if run.status == "done"]
     notes = [f"{len(done)} finished runs; seeds {', '.join(map(str, sorted(seeds)))}. Accuracy is that on the test split; "
              "with several seeds mean and sample standard deviation, the best of a row in bold."]  # fmt: skip
-    values = {key: sorted({str(run.summary.get(key)) for run in done}) for key in ("protocol", "weights", "memory_device")}
+    values = {
+        key: sorted({str(run.summary.get(key)) for run in done}) for key in ("protocol", "weights", "memory_device")
+    }
     if done:
         weights = [{"none": "none (random)"}.get(name, name) for name in values["weights"]]
         notes.append(f"Protocol: {', '.join(values['protocol'])}. Pretrained weights: {', '.join(weights)}. "

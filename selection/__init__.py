@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from selection import controls, elastic, fisher, fixed, prunetrain, topology
+from selection import baselines, elastic, fisher, prunetrain, topology
 from selection.ranking import Selection
 
 __all__ = ["SCHEMES", "Scheme", "Selection"]
@@ -45,7 +45,7 @@ class Scheme:
 
 # Flags that some schemes don't read: those warn of them, and record null.
 SELECTION_FLAGS = frozenset(
-    "rho interval timing num_betti_batches betti_points layers exclude_layers memory_budget_mb".split()
+    ["rho", "interval", "timing", "num_betti_batches", "betti_points", "layers", "exclude_layers", "memory_budget_mb"]
 )
 
 _RANKING = frozenset({"rho", "num_betti_batches", "exclude_layers", "memory_budget_mb"})
@@ -63,7 +63,7 @@ def _elastic(select, importance, help):
 
 
 def _control(select, help, learning_rate):
-    return Scheme(help, select, fixed.check_eligible, _CONTROL, learning_rate)
+    return Scheme(help, select, baselines.check_eligible, _CONTROL, learning_rate)
 
 
 SCHEMES = {
@@ -73,22 +73,26 @@ SCHEMES = {
     "betti_train": _topology(topology.by_count, "the top rho by b1"),
     "weight_norm_betti_train": _topology(topology.by_num_weights, "the top rho by b1 / number of weights"),
     "full_training": Scheme(
-        "every weight", fixed.everything, fixed.check_eligible, frozenset({"exclude_layers"}), learning_rate=1e-2
+        "every weight",
+        baselines.everything,
+        baselines.check_eligible,
+        frozenset({"exclude_layers"}),
+        learning_rate=1e-2,
     ),
     "traditional_tl_training": Scheme(
-        "the head alone", fixed.head_only, fixed.check_nothing, frozenset(), learning_rate=1e-2
+        "the head alone", baselines.head_only, baselines.check_nothing, frozenset(), learning_rate=1e-2
     ),
     "bn_plus_bias_training": Scheme(
         "scales, shifts and biases of all layers, and the head",
-        fixed.norms_and_biases,
-        fixed.check_eligible,
+        baselines.norms_and_biases,
+        baselines.check_eligible,
         frozenset({"exclude_layers"}),
         learning_rate=3e-2,
     ),
     "fisher": Scheme(
         "the top rho by Fisher information: (activation x gradient)^2 / 2, with labels",
         fisher.fisher,
-        fixed.check_eligible,
+        baselines.check_eligible,
         _RANKING,
         learning_rate=1e-2,
     ),
@@ -106,20 +110,20 @@ SCHEMES = {
     "prunetrain": Scheme(
         "PruneTrain: every weight, under group lasso; emptied channels are pruned",
         prunetrain.prunetrain,
-        fixed.check_eligible,
+        baselines.check_eligible,
         frozenset({"interval", "exclude_layers"}),
         learning_rate=1e-2,
         take_up=prunetrain.take_up,
     ),
-    "random_layers": _control(controls.at_random, "control: rho of the layers, at random by --seed", 3e-2),
-    "last_layers": _control(controls.nearest_the_output, "control: the rho of the layers nearest the output", 3e-2),
+    "random_layers": _control(baselines.at_random, "control: rho of the layers, at random by --seed", 3e-2),
+    "last_layers": _control(baselines.nearest_the_output, "control: the rho of the layers nearest the output", 3e-2),
     "smallest_activations": _control(
-        controls.smallest_activation, "control: the rho of the layers with the smallest activations", 1e-2
+        baselines.smallest_activation, "control: the rho of the layers with the smallest activations", 1e-2
     ),
     "listed_layers": Scheme(
         "the layers of --layers",
-        fixed.listed,
-        fixed.check_listed,
+        baselines.listed,
+        baselines.check_listed,
         frozenset({"layers", "exclude_layers"}),
         learning_rate=1e-2,
     ),

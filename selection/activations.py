@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import tensorflow as tf
 
-import runtime
+from core import environment
 from models.batchnorm import statistics_kept
 from models.layers import calls_replaced
 from selection.distances import from_gram, normalised_distances, num_workers, pairwise_distances
@@ -41,12 +41,14 @@ def distance_pass(network):
         of shape (B, B), one a candidate, in forward order. It is traced once a
         shape, at its first call.
     """
-    on_cpu = runtime.device().startswith("CPU")
+    on_cpu = environment.device().startswith("CPU")
     with ThreadPoolExecutor(num_workers()) as pool:
         reduce = _reduction_on_cpu(pool, num_workers()) if on_cpu else _reduction_on_device
         normalisations = normalisations_behind(network) if on_cpu else {}
         if normalisations and not _numpy_sees_tensors():
-            log.info("NumPy can't write to this TensorFlow's tensors: normalisations run in TensorFlow, which is slower.")
+            log.info(
+                "NumPy can't write to this TensorFlow's tensors: normalisations run in TensorFlow, which is slower."
+            )
             normalisations = {}
         reduced_pass = tf.function(functools.partial(_reduced_pass, network, normalisations, reduce), jit_compile=False)
         make_room = functools.cache(functools.partial(_make_room, network))

@@ -14,10 +14,18 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from errors import RunError, UsageError
-from selection.backward_budget import backward_share, backward_time, most_important
+from core.errors import RunError, UsageError
+from selection.elastic_budget import backward_share, backward_time, most_important
+from selection.elastic_timing import (
+    Timings,
+    cache_folder,
+    gradient_function,
+    seconds_of,
+    tensors,
+    timings,
+    training_pass,
+)
 from selection.ranking import eligible_paths, select_weights
-from selection.timing import Timings, cache_folder, gradient_function, seconds_of, tensors, timings, training_pass
 
 log = logging.getLogger("adabet")
 
@@ -53,7 +61,11 @@ def check(network, cfg, num_images):
             f"--rho must leave time for a backward pass: over {least:.3f} here, where a forward pass takes "
             f"{cost.forward:.3g} {cost.unit} of a full step's {cost.forward + cost.backward:.3g} {cost.unit} "
             f"({cost.source}). Received: {cfg.rho:g}; raise it"
-            + (f", or measure again on a quiet machine: the times are kept in {cache_folder()}." if cost.unit == "s" else ".")
+            + (
+                f", or measure again on a quiet machine: the times are kept in {cache_folder()}."
+                if cost.unit == "s"
+                else "."
+            )
         )
 
 
@@ -74,7 +86,7 @@ def update_importance(network, images, labels, cfg, epoch):
     Returns:
         float64 array, one a tensor, from input to output.
     """
-    from optimizers import make_optimizer  # loads Keras
+    from models.compiling import make_optimizer  # loads Keras
 
     weights = tensors(network)
     optimizer = make_optimizer(cfg, cfg.num_epochs)  # a cosine over the epochs has the same rate at their starts
@@ -142,7 +154,7 @@ def _chooser(network, images, labels, cost, cfg, importance, ratios):
     Args:
         network, cfg, importance: as in `take_up`.
         images, labels: the batch that all choices look at.
-        cost: selection.timing.Timings.
+        cost: selection.elastic_timing.Timings.
         ratios: list of (epochs that a choice is for, ratio predicted, ratio measured), one
             a choice so far; grows.
     """
@@ -184,7 +196,7 @@ def affordable(network, worth, cost, cfg):
     Args:
         network: models.Network.
         worth: float array, importance of every tensor, from input to output.
-        cost: selection.timing.Timings.
+        cost: selection.elastic_timing.Timings.
         cfg: Config. Reads rho and exclude_layers.
 
     Returns:

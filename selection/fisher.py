@@ -18,7 +18,7 @@ an image's effect on the others included.
 import numpy as np
 from tqdm import tqdm
 
-from errors import RunError
+from core.errors import RunError
 from selection.ranking import kendall_stability, select_top
 
 

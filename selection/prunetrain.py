@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from selection.fixed import everything
+from selection.baselines import everything
 
 log = logging.getLogger("adabet")
 
@@ -100,7 +100,9 @@ def _pruned(network, selection, groups, coefficient, pruned):
             if not alive.all():
                 now[group.candidate.path] = np.flatnonzero(~alive).tolist()
             if not alive.any():
-                log.warning("All channels of %s are pruned: without a branch around it, nothing passes.", group.candidate.path)
+                log.warning(
+                    "All channels of %s are pruned: without a branch around it, nothing passes.", group.candidate.path
+                )
         log.info("Pruned so far: %d of %d channels", sum(map(len, now.values())), channels)
         return _pruned(network, selection, groups, coefficient, now)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
-from errors import UsageError
+from core.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import logging
 import numpy as np
 from tqdm import tqdm
 
-from errors import RunError, UsageError
+from core.errors import RunError, UsageError
 from selection.betti import MIN_POINTS, betti_1_of_each, predicted_cost
 from selection.distances import num_workers
 from selection.ranking import eligible_paths, kendall_stability, select_top

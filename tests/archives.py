@@ -7,14 +7,15 @@ the images are a few tiny ones.
 import io
 import tarfile
 
-import data
-import downloads
 import numpy as np
 import scipy.io
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from config import Config
 from PIL import Image
+
+import data
+from core import reachability
+from core.config import Config
 
 TRAIN_IMAGES = 12
 TEST_IMAGES = 5
@@ -46,7 +47,7 @@ def prepare_miniature(name, data_dir, monkeypatch, tmp_path):
 
     monkeypatch.setattr(tfds.download.DownloadManager, "download", download)
     monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", download_and_extract)
-    monkeypatch.setattr(downloads, "unreachable", lambda url: None)
+    monkeypatch.setattr(reachability, "unreachable", lambda url: None)
     data.prepare(Config(dataset_name=name, data_dir=str(data_dir)))
     sizes = {"train": TRAIN_IMAGES, "test": TEST_IMAGES}
     return sizes | {"validation": TEST_IMAGES} if name == "flowers102" else sizes

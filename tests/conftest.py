@@ -1,8 +1,8 @@
 """Shared set-up: the environment first, then fixtures that take seconds to make."""
 
-import runtime  # noqa: F401  before anything imports TensorFlow
-
 import pytest
+
+from core import environment  # noqa: F401  before anything imports TensorFlow
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 
 import models
-from config import Config
+from core.config import Config
 from models.layers import find_candidates
 
 

@@ -12,7 +12,7 @@ from networks import backbone_network, digits_images, network_of, small_vit_netw
 from ripser import ripser
 from scipy.spatial.distance import pdist, squareform
 
-from errors import RunError
+from core.errors import RunError
 from models.batchnorm import calibrate
 from models.layers import find_candidates
 from selection import activations
@@ -208,7 +208,7 @@ def test_the_device_path_gives_the_same_distances(monkeypatch):
     images, _ = digits_images(BATCH, 16)
     with distance_pass(network) as distances:
         on_cpu = distances(images)
-    monkeypatch.setattr("runtime.device", lambda: "GPU:0")
+    monkeypatch.setattr("core.environment.device", lambda: "GPU:0")
     with distance_pass(network) as distances:
         on_device = distances(images)
     for ours, theirs in zip(on_cpu, on_device, strict=True):

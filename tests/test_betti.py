@@ -73,7 +73,18 @@ def test_equals_ripser_on_random_clouds(dimension):
 def test_coefficients_are_z2():
     # Six points whose complex, at middle scale, is the real projective plane:
     # over Z/2 it has a loop that bounds twice itself, over Z/11 none.
-    triangles = [(0, 1, 4), (0, 1, 5), (0, 2, 3), (0, 2, 5), (0, 3, 4), (1, 2, 3), (1, 2, 4), (1, 3, 5), (2, 4, 5), (3, 4, 5)]
+    triangles = [
+        (0, 1, 4),
+        (0, 1, 5),
+        (0, 2, 3),
+        (0, 2, 5),
+        (0, 3, 4),
+        (1, 2, 3),
+        (1, 2, 4),
+        (1, 3, 5),
+        (2, 4, 5),
+        (3, 4, 5),
+    ]
     # Barycentric subdivision, so that the complex is a flag complex: its
     # vertices are the faces, an edge joins a face and one that contains it.
     faces = {face for t in triangles for face in [t, *[(v,) for v in t], t[:2], t[1:], (t[0], t[2])]}
@@ -172,7 +183,10 @@ def same_order(found, expected):
     np.testing.assert_array_equal(np.argsort(found[upper]), np.argsort(expected[upper]))
 
 
-@pytest.mark.parametrize("shape, channels", [((32, 24), 24), ((3, 7 * 24), 24), ((7, 49 * 160), 160), ((33, 5001 * 12), 12), ((70, 900 * 96), 96)])
+@pytest.mark.parametrize(
+    "shape, channels",
+    [((32, 24), 24), ((3, 7 * 24), 24), ((7, 49 * 160), 160), ((33, 5001 * 12), 12), ((70, 900 * 96), 96)],
+)
 @pytest.mark.parametrize("num_parts", [1, 3])
 def test_one_reading_gives_the_distances_before_and_after_a_normalisation(shape, channels, num_parts):
     rng = np.random.default_rng(7)

@@ -1,14 +1,13 @@
 """Image folders: both layouts, all formats, all errors."""
 
-import runtime  # noqa: F401, I001  (before TensorFlow)
-
-import data
 import numpy as np
 import pytest
 from archives import image_bytes
-from config import Config
+
+import data
+from core.config import Config
+from core.errors import UsageError
 from data import pipeline
-from errors import UsageError
 
 
 def write(root, files):
@@ -56,9 +55,7 @@ def test_labels_belong_to_their_images(tmp_path):
         for number in range(3):
             content = image_bytes(label, "PNG", "RGB")
             (tmp_path / name / f"{number}.png").write_bytes(content)
-    expected = [
-        pipeline.decode_image(image_bytes(label, "PNG", "RGB"), 8).numpy() for label in range(3)
-    ]
+    expected = [pipeline.decode_image(image_bytes(label, "PNG", "RGB"), 8).numpy() for label in range(3)]
     seen = set()
     for images, labels in load(tmp_path, augment=False).train_batches(0, 2):
         for image, label in zip(images.numpy(), labels.numpy()):
@@ -91,9 +88,7 @@ def test_every_format_and_colour_mode_is_read(tmp_path):
 
 def test_bmp_with_alpha_and_grey_have_the_right_pixels():
     rgb = pipeline.decode_image(image_bytes(1, "BMP", "RGB"), 16).numpy()
-    np.testing.assert_array_equal(
-        pipeline.decode_image(image_bytes(1, "BMP", "RGBA"), 16).numpy(), rgb
-    )
+    np.testing.assert_array_equal(pipeline.decode_image(image_bytes(1, "BMP", "RGBA"), 16).numpy(), rgb)
     grey = pipeline.decode_image(image_bytes(1, "PNG", "L"), 16).numpy()
     np.testing.assert_array_equal(grey[..., 0], grey[..., 2])
     assert np.ptp(grey) > 50
@@ -111,10 +106,7 @@ def test_hidden_and_foreign_files_are_ignored(tmp_path):
 def test_order_is_independent_of_where_the_folder_lies(tmp_path):
     fill(tmp_path / "one", {"a": 9, "b": 9})
     fill(tmp_path / "two", {"a": 9, "b": 9})
-    one, two = (
-        [y.numpy().tolist() for _, y in load(tmp_path / name).train_batches(0, 2)]
-        for name in ("one", "two")
-    )
+    one, two = ([y.numpy().tolist() for _, y in load(tmp_path / name).train_batches(0, 2)] for name in ("one", "two"))
     assert one == two
 
 

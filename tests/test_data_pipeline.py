@@ -1,16 +1,15 @@
 """The pipeline on digits: sizes, order, repeatability, resumption, augmentation."""
 
-import runtime  # noqa: F401, I001  (before TensorFlow)
-
 import math
 
-import data
 import numpy as np
 import pytest
 import tensorflow as tf
-from config import Config
-from data import pipeline
 from sklearn.datasets import load_digits
+
+import data
+from core.config import Config
+from data import pipeline
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def test_sizes_and_types(load):
     images, labels = next(iter(loaded.train_batches(0, 1)))
     assert images.shape == (32, 32, 32, 3) and images.dtype == tf.float32
     assert labels.shape == (32,) and labels.dtype == tf.int64
-    assert 0 <= images.numpy().min() and 200 < images.numpy().max() <= 255
+    assert images.numpy().min() >= 0 and 200 < images.numpy().max() <= 255
 
 
 def test_digits_are_those_of_scikit_learn(load):

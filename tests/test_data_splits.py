@@ -1,21 +1,18 @@
 """Splits are functions of (labels, seed, limits): sizes, shares, and the small cases."""
 
-import runtime  # noqa: F401, I001  (before TensorFlow)
-
 import numpy as np
 import pytest
-from config import Config
+
+from core.config import Config
+from core.errors import UsageError
 from data import splits
-from errors import UsageError
 
 NAMES = ("train", "validation", "test")
 LABELS = np.repeat(np.arange(4), [40, 30, 20, 10])  # 100 images
 
 
 def sample(labels, count, seed=0, **options):
-    return splits.stratified_sample(
-        np.asarray(labels), count, np.random.default_rng(seed), **options
-    )
+    return splits.stratified_sample(np.asarray(labels), count, np.random.default_rng(seed), **options)
 
 
 def assign(labels, **settings):

@@ -1,7 +1,5 @@
 """TFDS sets: names, checks before the download, offline, races, and the four photo sets."""
 
-import runtime  # noqa: F401, I001  (before TensorFlow)
-
 import dataclasses
 import subprocess
 import sys
@@ -9,13 +7,14 @@ import tempfile
 from pathlib import Path
 
 import archives
-import data
-import downloads
 import pytest
 import tensorflow_datasets as tfds
-from config import Config
+
+import data
+from core import reachability
+from core.config import Config
+from core.errors import RunError, UsageError
 from data import digits, tfds_source
-from errors import RunError, UsageError
 
 PHOTO_SETS = {
     "caltech_birds2011": ("caltech_birds2011:0.2.0", 200),
@@ -43,7 +42,7 @@ def offline(monkeypatch):
     def no_download(*args, **kwargs):
         raise AssertionError("a download was tried")
 
-    monkeypatch.setattr(downloads, "unreachable", unreachable)
+    monkeypatch.setattr(reachability, "unreachable", unreachable)
     monkeypatch.setattr(tfds.download.DownloadManager, "download", no_download)
     monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", no_download)
     return asked
@@ -119,7 +118,7 @@ def test_a_file_that_moved_needs_one_of_its_hosts(monkeypatch, tmp_path):
         tried.append(urls)
         raise OSError("full disk\nand more")
 
-    monkeypatch.setattr(downloads, "unreachable", unreachable)
+    monkeypatch.setattr(reachability, "unreachable", unreachable)
     monkeypatch.setattr(tfds.download.DownloadManager, "download", download)
     row = dataclasses.replace(data.DATASETS["caltech_birds2011"], needs=())
     monkeypatch.setitem(data.DATASETS, "caltech_birds2011", row)

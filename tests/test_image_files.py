@@ -1,7 +1,5 @@
 """Image files of every kind, good and bad: right pixels, or a reason; never a hang, a crash, or a wrong image."""
 
-import runtime  # noqa: F401, I001  (before TensorFlow)
-
 import io
 import os
 import struct
@@ -13,8 +11,8 @@ from archives import image_bytes
 from PIL import Image
 from test_data_folder import fill, load
 
+from core.errors import UsageError
 from data import image_files
-from errors import UsageError
 
 HEIGHT, WIDTH = 40, 60
 ROWS, COLUMNS = np.mgrid[:HEIGHT, :WIDTH]
@@ -65,7 +63,10 @@ GOOD = {
     "transparent WebP": (encoded(transparent(), "WEBP", lossless=True), 0),
     "lossy transparent WebP": (encoded(transparent(), "WEBP"), 1),
     "animated WebP": (animated("WEBP", lossless=True), 0),
-    "transparent animated WebP": (encoded(transparent(), "WEBP", lossless=True, save_all=True, append_images=[IMAGE]), 0),
+    "transparent animated WebP": (
+        encoded(transparent(), "WEBP", lossless=True, save_all=True, append_images=[IMAGE]),
+        0,
+    ),
     "1x1": (encoded(IMAGE.crop((5, 5, 6, 6)), "PNG"), 0),
     "1 pixel high": (encoded(IMAGE.crop((0, 5, WIDTH, 6)), "JPEG", quality=95), 6),
 }
@@ -201,7 +202,9 @@ def folder(tmp_path):
 
 
 def test_bad_images_are_named_with_the_way_out(folder):
-    with pytest.raises(UsageError, match=r"a/cut.jpg \(.*b/bomb.png \(declares.*b/page.jpg \(no.*--skip_bad_images") as caught:
+    with pytest.raises(
+        UsageError, match=r"a/cut.jpg \(.*b/bomb.png \(declares.*b/page.jpg \(no.*--skip_bad_images"
+    ) as caught:
         load(folder)
     assert "\n" not in str(caught.value)
 
@@ -235,14 +238,14 @@ def test_skipping_may_empty_neither_a_class_nor_a_part(tmp_path):
 
 def test_skip_bad_images_goes_with_folders_only():
     import data
-    from config import Config
+    from core.config import Config
 
     with pytest.raises(UsageError, match="image_folder only"):
         data.load(Config(skip_bad_images=True))
 
 
 def test_names_may_have_spaces_unicode_and_quotes(tmp_path):
-    names = ["a class", "κλάση 类 🐈", "it's \"quoted\"", "-dash", "100%"]
+    names = ["a class", "κλάση 类 🐈", 'it\'s "quoted"', "-dash", "100%"]
     fill(tmp_path, dict.fromkeys(names, 6))
     (tmp_path / "a class" / "Ünï cødé.png").write_bytes(image_bytes(1, "PNG", "RGB"))
     with open(os.fsencode(tmp_path / "a class") + b"/latin\xe9.png", "wb") as file:  # no UTF-8

@@ -7,28 +7,62 @@ import subprocess
 import sys
 from pathlib import Path
 
+import archives
 import keras
 import numpy as np
 import pytest
 from networks import network_of, tiny_model
 
-import archives
-import flags
 import models
 import train
 from data import DATASETS
 from main import main
 from models import weights
+from run import flags
 from selection import SCHEMES
 
 ROOT = Path(__file__).parent.parent
-SUMMARY = (
-    "status model_name dataset_name train_type rho seed protocol weights accuracy val_accuracy epochs best_epoch "
-    "selection_s compile_s train_s epoch_s eval_s checkpoint_s peak_memory_bytes_measured selection_peak_memory_bytes peak_rss_bytes "
-    "memory_device peak_memory_bytes_estimated memory_mb_published_convention num_trained_layers num_trained_weights "
-    "num_weights num_layers earliest_trained_layer rho_achieved_predicted rho_achieved_measured channels channels_pruned "
-    "flops_remaining memory_budget_mb budget_next_layer budget_next_bytes_estimated stayed_at_chance skipped_images"
-).split()
+SUMMARY = [
+    "status",
+    "model_name",
+    "dataset_name",
+    "train_type",
+    "rho",
+    "seed",
+    "protocol",
+    "weights",
+    "accuracy",
+    "val_accuracy",
+    "epochs",
+    "best_epoch",
+    "selection_s",
+    "compile_s",
+    "train_s",
+    "epoch_s",
+    "eval_s",
+    "checkpoint_s",
+    "peak_memory_bytes_measured",
+    "selection_peak_memory_bytes",
+    "peak_rss_bytes",
+    "memory_device",
+    "peak_memory_bytes_estimated",
+    "memory_mb_published_convention",
+    "num_trained_layers",
+    "num_trained_weights",
+    "num_weights",
+    "num_layers",
+    "earliest_trained_layer",
+    "rho_achieved_predicted",
+    "rho_achieved_measured",
+    "channels",
+    "channels_pruned",
+    "flops_remaining",
+    "memory_budget_mb",
+    "budget_next_layer",
+    "budget_next_bytes_estimated",
+    "stayed_at_chance",
+    "skipped_images",
+]
 
 
 def run_of(folder):
@@ -52,7 +86,18 @@ def tiny(monkeypatch, tmp_path, data_dir):
 
     monkeypatch.setattr(models, "assemble", assemble_tiny)
     monkeypatch.setattr(weights, "load", lambda backbone, cfg: {"source": "none"})
-    few = ["--limit_train", "160", "--limit_test", "40", "--batch_size", "16", "--num_epochs", "2", "--data_dir", data_dir]
+    few = [
+        "--limit_train",
+        "160",
+        "--limit_test",
+        "40",
+        "--batch_size",
+        "16",
+        "--num_epochs",
+        "2",
+        "--data_dir",
+        data_dir,
+    ]
     return lambda *argv: main([*few, "--log_dir", str(tmp_path / "logs"), *argv])
 
 
@@ -84,7 +129,9 @@ def test_the_run_folder_has_what_design_promises(real_runs):
     }  # fmt: skip
 
     config = records["config.json"]
-    assert config["rho"] == 0.1 and config["num_epochs"] == 2 and config["layers"] is None and config["interval"] is None
+    assert (
+        config["rho"] == 0.1 and config["num_epochs"] == 2 and config["layers"] is None and config["interval"] is None
+    )
     assert config["bn_stats"] == "batch" and config["num_classes"] == 10 and config["dataset_version"] == "digits:1.0.0"
     assert config["split_sizes"] == {"train": 81, "validation": 9, "test": 40}
     assert config["weights_provenance"]["source"] == "none" and config["device"] and config["versions"]["keras"]
@@ -106,7 +153,15 @@ def test_the_run_folder_has_what_design_promises(real_runs):
     assert summary["num_trained_weights"] < summary["num_weights"] == 2_236_682
 
     rows = metrics_of(run)
-    assert list(rows[0]) == "epoch train_loss train_accuracy val_loss val_accuracy seconds learning_rate".split()
+    assert list(rows[0]) == [
+        "epoch",
+        "train_loss",
+        "train_accuracy",
+        "val_loss",
+        "val_accuracy",
+        "seconds",
+        "learning_rate",
+    ]
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert summary["train_s"] == pytest.approx(sum(float(row["seconds"]) for row in rows))
     assert float(rows[1]["learning_rate"]) == pytest.approx(0, abs=1e-9)
@@ -142,7 +197,7 @@ def test_the_same_seed_gives_the_same_bytes(real_runs):
 
 def test_the_saved_model_scores_what_the_summary_says(real_runs, data_dir):
     import data
-    from config import Config
+    from core.config import Config
 
     run, records = run_of(real_runs[0][0])
     model = keras.saving.load_model(run / "model.keras", safe_mode=True)
@@ -209,7 +264,18 @@ def test_a_flag_that_the_scheme_does_not_read_is_named_and_null(tiny, tmp_path, 
 @pytest.mark.parametrize("name", ["caltech_birds2011", "oxford_iiit_pet", "stanford_dogs", "flowers102"])
 def test_a_photo_set_prepared_by_its_real_builder_trains(name, tiny, tmp_path, monkeypatch):
     archives.prepare_miniature(name, tmp_path / "tfds", monkeypatch, tmp_path)
-    argv = ["--dataset_name", name, "--input_size", "32", "--batch_size", "4", "--num_epochs", "1", "--data_dir", str(tmp_path / "tfds")]
+    argv = [
+        "--dataset_name",
+        name,
+        "--input_size",
+        "32",
+        "--batch_size",
+        "4",
+        "--num_epochs",
+        "1",
+        "--data_dir",
+        str(tmp_path / "tfds"),
+    ]
     assert tiny(*argv, "--train_type", "act_norm_betti_train") == 0
     run, records = run_of(tmp_path / "logs")
     assert records["summary.json"]["status"] == "done" and len(metrics_of(run)) == 1
@@ -235,7 +301,7 @@ def test_a_training_that_learns_nothing_is_said(tiny, tmp_path, capsys):
      ([0.9], 1000, 0.9, True), ([0.96], 1000, 0.9, False), ([1.0], 2, 0.5, True), ([1.0], 50, 1.0, True)],
 )  # fmt: skip
 def test_chance_is_what_guessing_the_commonest_class_reaches(accuracies, num_images, majority_share, stayed):
-    import report
+    from run import report
 
     assert report.stayed_at_chance([{"train_accuracy": a} for a in accuracies], num_images, majority_share) is stayed
 
@@ -259,7 +325,9 @@ def test_a_folder_with_hostile_files_trains_without_them(tiny, tmp_path, capsys)
     assert sum(records["config.json"]["split_sizes"].values()) == 24
 
 
-@pytest.mark.parametrize("failure, code, status", [(KeyboardInterrupt(), 130, "interrupted"), (OSError("disk"), 1, "failed")])
+@pytest.mark.parametrize(
+    "failure, code, status", [(KeyboardInterrupt(), 130, "interrupted"), (OSError("disk"), 1, "failed")]
+)
 def test_what_breaks_a_run_off_leaves_a_summary(tiny, tmp_path, monkeypatch, capsys, failure, code, status):
     def broken_off(*args):
         raise failure
@@ -316,7 +384,22 @@ BAD_INPUT = {
     "run name taken": (["--run_name", "name", "--log_dir", "{tmp}/taken"], "'name'"),
     **{
         f"run name {name[:12]!r}": ([f"--run_name={name}", "--log_dir", "{tmp}/logs"], "plain folder name")
-        for name in ("../name", "", ".", "..", "a/b", "/", "a\\b", "a\0b", "a\nb", "-rf", ".hidden", "\udcff", "x" * 201, "名" * 67)
+        for name in (
+            "../name",
+            "",
+            ".",
+            "..",
+            "a/b",
+            "/",
+            "a\\b",
+            "a\0b",
+            "a\nb",
+            "-rf",
+            ".hidden",
+            "\udcff",
+            "x" * 201,
+            "名" * 67,
+        )
     },
     "run name that is a link": (["--run_name", "link", "--log_dir", "{tmp}/taken"], "'link'"),
     "log folder that is a link to nothing": (["--log_dir", "{tmp}/taken/link"], "--log_dir"),
@@ -326,11 +409,17 @@ BAD_INPUT = {
     "weights of PyTorch": (["--weights", "{tmp}/model.pt"], "unknown extension"),
     "weights in an .npz": (["--weights", "{tmp}/model.npz"], "unknown extension"),
     "weights that are a folder": (["--weights", "{tmp}/folder.keras"], "no such file"),
-    "unknown layers in a file": (["--train_type", "listed_layers", "--layers", "@{tmp}/layers"], "'brunch', near branch"),
+    "unknown layers in a file": (
+        ["--train_type", "listed_layers", "--layers", "@{tmp}/layers"],
+        "'brunch', near branch",
+    ),
     "layers in a missing file": (["--train_type", "listed_layers", "--layers", "@{tmp}/none"], "readable text file"),
     "layers in a binary file": (["--train_type", "listed_layers", "--layers", "@{tmp}/binary"], "readable text file"),
     "layers in nested JSON": (["--train_type", "listed_layers", "--layers", "@{tmp}/nested"], "RecursionError"),
-    "bad images": ([*FOLDER, "{tmp}/bad"], "cut.jpg (empty); mend or remove them, or leave such files out with --skip_bad_images"),
+    "bad images": (
+        [*FOLDER, "{tmp}/bad"],
+        "cut.jpg (empty); mend or remove them, or leave such files out with --skip_bad_images",
+    ),
     "skip_bad_images without a folder": (["--skip_bad_images"], "image_folder only"),
     "log folder beneath a file": (["--log_dir", "{tmp}/file/logs"], "--log_dir"),
 }

@@ -12,12 +12,13 @@ from test_main import assemble_tiny, run_of, tiny  # noqa: F401  a fixture
 
 import memory_utils
 import models
-from config import Config
-from memory import budget, convention, estimate, figure, step_graph
-from memory.allocator import Allocator, Chunk
+from core.config import Config
+from memory import budget, convention, estimate, figure
+from memory.simulator import step_graph
+from memory.simulator.allocator import Allocator, Chunk
 from models import batchnorm
+from models.compiling import compile_model, make_optimizer
 from models.freezing import freeze
-from optimizers import compile_model, make_optimizer
 
 ROOT = Path(__file__).parent.parent
 MB = 10**6
@@ -195,7 +196,7 @@ def test_the_command_line_prints_three_figures(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert list(found) == "measured_bytes estimated_bytes published_convention_mb split peak_at device".split()
+    assert list(found) == ["measured_bytes", "estimated_bytes", "published_convention_mb", "split", "peak_at", "device"]
     assert found["estimated_bytes"] == pytest.approx(found["measured_bytes"], rel=0.1)
     assert list(found["split"]) == list(estimate.PARTS) and sum(found["split"].values()) == found["estimated_bytes"]
     assert found["peak_at"] and found["device"] and "Traceback" not in done.stderr

@@ -1,7 +1,5 @@
 """The networks: tables, preprocessing, architecture, batch normalisation, saved files."""
 
-import runtime  # noqa: F401  (before Keras: chooses the allocator)
-
 import os
 import subprocess
 import sys
@@ -11,8 +9,8 @@ import numpy as np
 import pytest
 
 import models
-from config import Config
-from errors import UsageError
+from core.config import Config
+from core.errors import UsageError
 from models import backbones, batchnorm, weights
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -95,9 +93,7 @@ def test_preprocessing_equals_keras(key, theirs):
     np.testing.assert_allclose(model(images()), theirs(images()), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name, count", [("resnet50", 107), ("vgg16", 14), ("mobilenetv2", 105), ("vit", 2 * 8 + 3)]
-)
+@pytest.mark.parametrize("name, count", [("resnet50", 107), ("vgg16", 14), ("mobilenetv2", 105), ("vit", 2 * 8 + 3)])
 def test_candidates(networks, name, count):
     network = networks[name]
     assert len(network.candidates) == count
@@ -113,9 +109,7 @@ def test_candidates(networks, name, count):
     )
 
 
-@pytest.mark.parametrize(
-    "name, num_layers", [("resnet50", 106), ("vgg16", 13), ("mobilenetv2", 104)]
-)
+@pytest.mark.parametrize("name, num_layers", [("resnet50", 106), ("vgg16", 13), ("mobilenetv2", 104)])
 def test_cnns_are_flat_and_complete(networks, name, num_layers):
     network = networks[name]
     weighted = [layer for layer in network.model.layers if layer.weights]
@@ -137,9 +131,7 @@ def test_logits_from_raw_images(networks, name):
     assert logits.shape == (2, 5) and logits.dtype == "float32"
     assert network.head.name == "head" and network.head is network.model.layers[-1]
     assert network.model.get_layer("dropout").rate == 0.2
-    np.testing.assert_allclose(
-        network.model.predict(images().astype("uint8"), verbose=0), logits, atol=1e-4
-    )
+    np.testing.assert_allclose(network.model.predict(images().astype("uint8"), verbose=0), logits, atol=1e-4)
 
 
 def test_other_sizes_and_class_counts(small_vit):
@@ -199,9 +191,7 @@ def moved(model, before):
 
 
 def fit_two_steps(model, size):
-    model.compile(
-        keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    )
+    model.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     labels = np.array([0, 0, 0, 1, 0, 0, 0, 1])
     model.fit(images(8, size) / 255, labels, batch_size=4, epochs=1, verbose=0)
 
@@ -230,9 +220,7 @@ def test_stored_statistics_are_what_training_mode_computes_with():
     bn.moving_mean.assign([1.0, 2.0, 3.0, 4.0])
     assert not np.allclose(model(images(4, 8), training=True), model(images(4, 8), training=False))
     batchnorm.use_stored_statistics(model)
-    np.testing.assert_array_equal(
-        model(images(4, 8), training=True), model(images(4, 8), training=False)
-    )
+    np.testing.assert_array_equal(model(images(4, 8), training=True), model(images(4, 8), training=False))
 
 
 def test_statistics_kept_are_the_batchs_and_update_nothing():

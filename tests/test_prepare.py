@@ -1,15 +1,14 @@
 """--prepare_only: what is ready is skipped, and what can't be had is said with the way to mend it by hand."""
 
-import runtime  # noqa: F401, I001  (before TensorFlow)
-
 import dataclasses
 
-import data
-import downloads
-import models
 import pytest
 import tensorflow_datasets as tfds
-from config import Config
+
+import data
+import models
+from core import reachability
+from core.config import Config
 from main import main
 
 
@@ -17,7 +16,7 @@ from main import main
 def offline(monkeypatch, tmp_path):
     """No host answers, and the caches are empty; returns the list of addresses that were asked."""
     asked = []
-    monkeypatch.setattr(downloads, "unreachable", lambda url: asked.append(url) or "no route")
+    monkeypatch.setattr(reachability, "unreachable", lambda url: asked.append(url) or "no route")
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
     monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path / "kaggle"))
     row = dataclasses.replace(data.DATASETS["oxford_iiit_pet"], needs=())
@@ -49,7 +48,9 @@ def test_both_failures_are_said_with_file_and_place(offline, tmp_path, capsys):
 def test_the_rest_is_got_although_something_fails(offline, tmp_path, capsys):
     assert prepare(tmp_path, "--model_name", "mobilenetv2", "--weights", "imagenet", "--input_size", "96") == 1
     err = capsys.readouterr().err.splitlines()
-    assert err[0] == "Ready: digits" and "_1.0_96_no_top.h5 can be" in err[2] and err[1].startswith("Warning: Not ready")
+    assert (
+        err[0] == "Ready: digits" and "_1.0_96_no_top.h5 can be" in err[2] and err[1].startswith("Warning: Not ready")
+    )
 
 
 def test_weights_put_there_by_hand_are_taken(offline, tmp_path):
@@ -63,7 +64,10 @@ def test_weights_put_there_by_hand_are_taken(offline, tmp_path):
 def test_a_vit_preset_is_a_folder_of_two_files(offline, tmp_path):
     files = models.files_to_fetch(Config(model_name="vit", input_size=224))
     assert [path.rsplit("/", 1)[1] for _, path in files] == ["config.json", "model.weights.h5"]
-    assert all(path.startswith(str(tmp_path / "kaggle")) and url.startswith("https://www.kaggle.com/models/") for url, path in files)
+    assert all(
+        path.startswith(str(tmp_path / "kaggle")) and url.startswith("https://www.kaggle.com/models/")
+        for url, path in files
+    )
 
 
 def test_archives_put_there_by_hand_are_taken(offline, tmp_path, monkeypatch):

@@ -20,13 +20,13 @@ from hypothesis.extra import numpy as arrays
 from ripser import ripser
 from scipy.spatial.distance import pdist, squareform
 
-import flags
-import run_folder
-from config import Config
-from errors import UsageError
-from selection.backward_budget import backward_time, most_important
+from core.config import Config
+from core.errors import UsageError
+from run import flags
+from run import folder as run_folder
 from selection.betti import betti_1, betti_1_of_each
 from selection.distances import pairwise_distances
+from selection.elastic_budget import backward_time, most_important
 from selection.ranking import layer_budget, rank, select_top
 
 # The same examples at every run, however slow the machine is.
@@ -135,7 +135,11 @@ def test_collinear_points_have_no_loop(places, dimension):
     assert b1(line) == 0
 
 
-@given(arrays.arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 6)), elements=st.floats(-(2**50), 2**50, width=32)))
+@given(
+    arrays.arrays(
+        np.float32, st.tuples(st.integers(1, 3), st.integers(1, 6)), elements=st.floats(-(2**50), 2**50, width=32)
+    )
+)
 def test_three_points_have_no_loop(cloud):
     assert b1(cloud) == 0
 
@@ -242,7 +246,9 @@ WORDS = st.one_of(
     st.tuples(st.sampled_from(FLAGS), VALUES).map("=".join),
     VALUES,
 )
-PAIRS = st.lists(st.tuples(st.sampled_from(FLAGS), VALUES), max_size=6).map(lambda pairs: [word for pair in pairs for word in pair])
+PAIRS = st.lists(st.tuples(st.sampled_from(FLAGS), VALUES), max_size=6).map(
+    lambda pairs: [word for pair in pairs for word in pair]
+)
 
 
 @settings(max_examples=3000)
@@ -258,7 +264,9 @@ def test_any_arguments_give_a_config_or_one_line(argv):
         assert str(error)
     except SystemExit as stop:
         if stop.code == 0:
-            assert {"-h", "--help"} & {word.partition("=")[0] for word in argv} or any(word.startswith("-h") for word in argv)
+            assert {"-h", "--help"} & {word.partition("=")[0] for word in argv} or any(
+                word.startswith("-h") for word in argv
+            )
         else:
             assert stop.code == 2 and len(err.getvalue().splitlines()) == 1 and out.getvalue() == ""
     else:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from networks import network_of, tiny_model
 
-from config import Config
-from errors import UsageError
-from selection import SCHEMES, fixed
+from core.config import Config
+from core.errors import UsageError
+from selection import SCHEMES, baselines
 from selection.ranking import kendall_stability, layer_budget, rank, select_top
 
 PATHS = ["stem", "branch", "branch_bn", "deep", "deep_bn", "head"]
@@ -57,7 +57,9 @@ def test_excluded_layers_have_no_rank(network):
     assert [row["rank"] for row in chosen.layers] == [None, 1, None, 2, None, 3]
 
 
-@pytest.mark.parametrize("pattern, rule", [("nothing", "found in none of 6"), ("", "all 6"), ("(", "regular expression")])
+@pytest.mark.parametrize(
+    "pattern, rule", [("nothing", "found in none of 6"), ("", "all 6"), ("(", "regular expression")]
+)
 def test_exclude_layers_has_to_match_some_and_leave_some(network, pattern, rule):
     with pytest.raises(UsageError, match=rule):
         SCHEMES["betti_train"].check(network, Config(exclude_layers=pattern), 100)
@@ -102,7 +104,7 @@ def test_layers_are_read_from_a_list_and_from_a_selection(network, tmp_path):
     paths.write_text("deep\n\nstem\n")
     selection.write_text(json.dumps({"selected": ["deep", "stem"]}))
     for file in (paths, selection):
-        chosen = fixed.listed(network, None, Config(layers=f"@{file}"))
+        chosen = baselines.listed(network, None, Config(layers=f"@{file}"))
         assert chosen.selected == ("stem", "deep")
 
 
@@ -114,4 +116,4 @@ def test_a_list_that_fits_no_network_is_refused(network, tmp_path, content, rule
     file = tmp_path / "list"
     file.write_text(content)
     with pytest.raises(UsageError, match=rule):
-        fixed.check_listed(network, Config(layers=f"@{file}"), 100)
+        baselines.check_listed(network, Config(layers=f"@{file}"), 100)

@@ -14,19 +14,19 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from benchmarks import kills
 from test_main import assemble_tiny
 
-import checkpoint
 import models
 import train
+from benchmarks import kills
 from main import main
 from models import weights
-from selection import timing, topology
+from selection import elastic_timing, topology
+from training import checkpoint
 
 ROOT = Path(__file__).parent.parent
 # 160 images, 144 of them for training: 9 steps an epoch, and 1 of evaluation.
-FEW = "--limit_train 160 --limit_test 40 --batch_size 16 --num_epochs 2 --save_model".split()
+FEW = ["--limit_train", "160", "--limit_test", "40", "--batch_size", "16", "--num_epochs", "2", "--save_model"]
 ON_STEP, ON_TEST, ON_EPOCH = "on_train_batch_end", "on_test_batch_end", "on_epoch_end"
 
 
@@ -43,7 +43,9 @@ def tiny_network(tmp_path_factory):
 @pytest.fixture
 def run(tmp_path, data_dir):
     """Runs main() with few images under a name in tmp_path."""
-    return lambda name, *argv: main([*FEW, "--data_dir", data_dir, "--log_dir", str(tmp_path), "--run_name", name, *argv])
+    return lambda name, *argv: main(
+        [*FEW, "--data_dir", data_dir, "--log_dir", str(tmp_path), "--run_name", name, *argv]
+    )
 
 
 def resume(folder, *argv):
@@ -95,8 +97,8 @@ def test_a_run_that_is_ended_again_and_again_ends_like_one_that_was_not(scheme, 
         at(*CHAIN[0], terminate, patch)
         assert run("run", *flags) == 143
     # What was measured is in the run folder.
-    monkeypatch.setattr(timing, "_known", {})
-    monkeypatch.setattr(timing, "measured", None)
+    monkeypatch.setattr(elastic_timing, "_known", {})
+    monkeypatch.setattr(elastic_timing, "measured", None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
     for moment in CHAIN[1:]:
         assert status(tmp_path / "run") == "interrupted"
@@ -112,7 +114,9 @@ def test_a_run_that_is_ended_again_and_again_ends_like_one_that_was_not(scheme, 
 def test_runs_killed_in_processes_of_their_own_end_like_one_left_alone(tmp_path, data_dir, capsys):
     settings = {"act_norm_betti_train": [*FEW, "--data_dir", data_dir, "--checkpoint_minutes", "0"]}
     program = [str(ROOT / "tests" / "tiny_main.py")]
-    assert kills.kill_and_compare(settings, 2, 0, tmp_path, program, ("training", "saving")) == 0, capsys.readouterr().out
+    assert kills.kill_and_compare(settings, 2, 0, tmp_path, program, ("training", "saving")) == 0, (
+        capsys.readouterr().out
+    )
 
 
 # ---------------------------------------------------------------- --resume
@@ -160,7 +164,17 @@ def test_what_cannot_be_gone_on_with_is_refused_by_name(argv, says, logs, capsys
 
 
 def test_flags_that_change_no_result_are_taken_and_a_finished_run_is_left_as_it_is(logs, capsys):
-    flags = ["--log_dir", str(logs), "--run_name", "run", "--resume", "--debug", "--checkpoint_minutes", "5", "--save_txt"]
+    flags = [
+        "--log_dir",
+        str(logs),
+        "--run_name",
+        "run",
+        "--resume",
+        "--debug",
+        "--checkpoint_minutes",
+        "5",
+        "--save_txt",
+    ]
     assert main(flags) == 0
     assert kills.compare(logs / "alone", logs / "run") == [] and (logs / "run.txt").exists()
     capsys.readouterr()
@@ -198,8 +212,8 @@ def test_the_second_sigint_ends_at_once_even_within_a_long_operation():
     code = """
 import hashlib, os, signal, threading, interruption
 signal.signal(signal.SIGINT, signal.default_int_handler)
-with interruption.handled():
-    interruption.hold()
+with signals.handled():
+    signals.hold()
     def again_and_again():
         while True:
             os.kill(os.getpid(), signal.SIGINT)
@@ -228,7 +242,13 @@ def test_a_full_disk_costs_no_more_than_what_did_not_fit(logs, monkeypatch, caps
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = set((logs / "run" / "checkpoint").iterdir())
     with monkeypatch.context() as patch:
-        at(checkpoint.Checkpointer, ON_STEP, 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1])), patch)
+        at(
+            checkpoint.Checkpointer,
+            ON_STEP,
+            3,
+            lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1])),
+            patch,
+        )
         try:
             assert resume(logs / "run") == 1
         finally:
@@ -278,15 +298,17 @@ def test_running_out_of_memory_tells_what_would_fit(tmp_path, data_dir):
     found = subprocess.run(command, capture_output=True, text=True, env=limited)
     last = found.stderr.splitlines()[-1]
     assert found.returncode == 1 and "out of memory: a training step on 64 images" in last, found.stderr
-    needed, had, fitting, needs = map(int, re.search(r"needs (\d+) MB .* (\d+) MB were .* (\d+), estimated at (\d+)", last).groups())
+    needed, had, fitting, needs = map(
+        int, re.search(r"needs (\d+) MB .* (\d+) MB were .* (\d+), estimated at (\d+)", last).groups()
+    )
     assert needs <= had < needed and needs * 64 > needed * fitting / 2  # about in proportion to the batch
     assert status(tmp_path / "run") == "failed" and (tmp_path / "run" / "selection.json").exists()
 
 
 def test_timings_that_were_damaged_are_measured_anew(tmp_path, caplog):
-    cost = timing.Timings("measured", "s", 1.0, 2.0, {"a": 0.5}, {"a": 0.25}, {"host": "here"})
+    cost = elastic_timing.Timings("measured", "s", 1.0, 2.0, {"a": 0.5}, {"a": 0.25}, {"host": "here"})
     file = tmp_path / "timings.json"
-    timing._write(file, cost)
-    assert timing._read(file, cost.conditions) == cost
+    elastic_timing._write(file, cost)
+    assert elastic_timing._read(file, cost.conditions) == cost
     file.write_text(file.read_text().replace("0.5", "0.7"))
-    assert timing._read(file, cost.conditions) is None
+    assert elastic_timing._read(file, cost.conditions) is None

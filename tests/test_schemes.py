@@ -12,12 +12,12 @@ from networks import backbone_network, digits_images, network_of, small_vit_netw
 from test_main import assemble_tiny, run_of, tiny  # noqa: F401  a fixture
 
 import train
-from config import Config
-from errors import RunError, UsageError
+from core.config import Config
+from core.errors import RunError, UsageError
 from memory.measure import Peak
 from models import batchnorm, channels
 from models.layers import watching
-from selection import SCHEMES, backward_budget, elastic, fisher, prunetrain, timing
+from selection import SCHEMES, elastic, elastic_budget, elastic_timing, fisher, prunetrain
 from selection.ranking import select_layers
 
 NORMS_AND_BIASES = {"stem/bias", "branch/bias", "branch_bn/gamma", "branch_bn/beta", "deep/bias", "deep_bn/gamma",
@@ -132,7 +132,14 @@ def test_exactly_the_promised_weights_move(name, segments, tmp_path):
 
 def test_schemes_with_a_rho_select_as_many_layers():
     network, data = tiny_network(), Images()
-    for name in ("act_norm_betti_train", "betti_train", "fisher", "random_layers", "last_layers", "smallest_activations"):
+    for name in (
+        "act_norm_betti_train",
+        "betti_train",
+        "fisher",
+        "random_layers",
+        "last_layers",
+        "smallest_activations",
+    ):
         for rho, number in ((0.1, 1), (0.34, 2), (0.5, 3), (1.0, 6)):
             chosen = SCHEMES[name].select(network, data.selection_batches, config_of(name, rho=rho))
             assert len(chosen.selected) == chosen.budget == number, name
@@ -226,7 +233,9 @@ def test_fisher_equals_a_slow_reference(make):
     for n in range(6):
         outputs = {}
         with tf.GradientTape() as tape:
-            with watching([c.layer for c in network.candidates], lambda layer, out: outputs.setdefault(layer.path, out)):
+            with watching(
+                [c.layer for c in network.candidates], lambda layer, out: outputs.setdefault(layer.path, out)
+            ):
                 logits = network.model(images[n : n + 1], training=False)
             loss = -tf.nn.log_softmax(logits)[0, labels[n]]
         for i, (path, error) in enumerate(tape.gradient(loss, outputs).items()):
@@ -255,12 +264,10 @@ def test_the_dynamic_programme_equals_brute_force():
         worth[rng.random(n) < 0.1] = -np.inf
         t_dw, t_dy = rng.integers(0, 12, n), rng.integers(0, 6, n)
         budget = int(rng.integers(1, 40))
-        chosen = backward_budget.most_important(worth, t_dw, t_dy, budget, resolution=budget)
+        chosen = elastic_budget.most_important(worth, t_dw, t_dy, budget, resolution=budget)
         subsets = (list(s) for r in range(n + 1) for s in itertools.combinations(range(n), r))
-        best = max(
-            sum(worth[list(s)]) for s in subsets if backward_budget.backward_time(s, t_dw, t_dy) <= budget
-        )
-        assert backward_budget.backward_time(chosen, t_dw, t_dy) <= budget, case
+        best = max(sum(worth[list(s)]) for s in subsets if elastic_budget.backward_time(s, t_dw, t_dy) <= budget)
+        assert elastic_budget.backward_time(chosen, t_dw, t_dy) <= budget, case
         assert sum(worth[chosen]) == pytest.approx(best), case
 
 
@@ -268,14 +275,14 @@ def test_a_budget_of_a_transformers_size_is_used_up():
     rng = np.random.default_rng(1)
     worth, t_dw, t_dy = (rng.random(150) for _ in range(3))
     budget = 0.4 * (t_dw.sum() + t_dy.sum())
-    chosen = backward_budget.most_important(worth, t_dw, t_dy, budget)
-    assert 0.97 * budget < backward_budget.backward_time(chosen, t_dw, t_dy) < 1.01 * budget
+    chosen = elastic_budget.most_important(worth, t_dw, t_dy, budget)
+    assert 0.97 * budget < elastic_budget.backward_time(chosen, t_dw, t_dy) < 1.01 * budget
 
 
 def test_the_budgets_formula():
-    assert backward_budget.backward_share(0.533, 1, 2) == pytest.approx((0.533 - 1 / 3) * 3 / 2)
-    assert backward_budget.backward_share(1 / 3, 1, 2) == pytest.approx(0)
-    assert backward_budget.backward_share(1, 5, 2) == 1
+    assert elastic_budget.backward_share(0.533, 1, 2) == pytest.approx((0.533 - 1 / 3) * 3 / 2)
+    assert elastic_budget.backward_share(1 / 3, 1, 2) == pytest.approx(0)
+    assert elastic_budget.backward_share(1, 5, 2) == 1
 
 
 @pytest.mark.parametrize("bn_stats", ["stored", "batch"])
@@ -283,7 +290,7 @@ def test_update_importance_equals_a_finite_recomputation(bn_stats):
     network, data = tiny_network(bn_stats), Images()
     cfg = config_of("elastic_training", num_epochs=4, learning_rate=0.02)
     images, labels = data.images[:16], data.labels[:16]
-    weights, before = timing.tensors(network), values_of(network)
+    weights, before = elastic_timing.tensors(network), values_of(network)
     importance = elastic.update_importance(network, images, labels, cfg, epoch=1)
     assert not moved(before, values_of(network))
 
@@ -318,13 +325,13 @@ def test_magnitudes():
 
 def test_times_belong_to_the_tensor_that_they_reach():
     network = tiny_network()
-    cost = timing.counted(network, 2)
+    cost = elastic_timing.counted(network, 2)
     conv = 2 * 2 * 4 * 4 * (3 * 3 * 8 * 12) + 2 * 4 * 4 * 12  # deep: two images, 4 x 4 positions, and its bias
     assert cost.t_dw["deep/kernel"] == conv and cost.t_dw["deep/bias"] == 2 * 4 * 4 * 12
     assert cost.t_dy["branch_bn/beta"] == conv and cost.t_dy["branch_bn/gamma"] == cost.t_dy["head/bias"] == 0
     assert cost.backward == pytest.approx(sum(cost.t_dw.values()) + sum(cost.t_dy.values()))
-    paths = [weight.path for weight in timing.tensors(network)]
-    everything = backward_budget.backward_time(
+    paths = [weight.path for weight in elastic_timing.tensors(network)]
+    everything = elastic_budget.backward_time(
         list(range(len(paths))), *([times[path] for path in paths[::-1]] for times in (cost.t_dw, cost.t_dy))
     )
     assert everything == pytest.approx(cost.backward)
@@ -332,28 +339,37 @@ def test_times_belong_to_the_tensor_that_they_reach():
 
 def test_measured_times_are_kept_in_the_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(timing, "_known", {})
+    monkeypatch.setattr(elastic_timing, "_known", {})
     network, cfg = tiny_network(), config_of("elastic_training", timing="measured")
     before = values_of(network)
-    cost = timing.timings(network, cfg, 8)
+    cost = elastic_timing.timings(network, cfg, 8)
     assert not moved(before, values_of(network))
     (file,) = (tmp_path / "adabet" / "timings").iterdir()
     assert sum(cost.t_dw.values()) + sum(cost.t_dy.values()) == pytest.approx(cost.backward)
     assert min(cost.t_dw.values()) > 0 and cost.unit == "s" and cost.conditions["batch_size"] == 8
-    monkeypatch.setattr(timing, "measured", None)  # would fail
-    timing._known.clear()
-    assert timing.timings(network, cfg, 8) == cost
+    monkeypatch.setattr(elastic_timing, "measured", None)  # would fail
+    elastic_timing._known.clear()
+    assert elastic_timing.timings(network, cfg, 8) == cost
     whole = file.read_bytes()
-    for damaged in (b"", b"{", b"\xff\0", b"[]", b"3", whole[:-3], whole[: len(whole) // 2], whole.replace(b"0.", b"1.")):
+    for damaged in (
+        b"",
+        b"{",
+        b"\xff\0",
+        b"[]",
+        b"3",
+        whole[:-3],
+        whole[: len(whole) // 2],
+        whole.replace(b"0.", b"1."),
+    ):
         file.write_bytes(damaged)
-        timing._known.clear()
+        elastic_timing._known.clear()
         with pytest.raises(TypeError):  # measured anew
-            timing.timings(network, cfg, 8)
+            elastic_timing.timings(network, cfg, 8)
 
 
 def test_a_budget_for_the_head_alone_is_said_and_goes_on(caplog):
     network = tiny_network()
-    cost = timing.counted(network, 16)
+    cost = elastic_timing.counted(network, 16)
     least = cost.forward / (cost.forward + cost.backward)
     cfg = config_of("elastic_training", rho=least + 1e-6)
     elastic.check(network, cfg, 100)
@@ -443,7 +459,11 @@ def test_the_penalty_starts_as_its_share_and_stays_out_of_held_out_losses(tmp_pa
     network, data = tiny_network(), Images()
     images, labels = data.images[:16], data.labels[:16]
     chosen = prunetrain.prunetrain(network, data.selection_batches, config_of("prunetrain"))
-    assert "head/kernel" not in chosen.penalties and set(chosen.penalties) == {"stem/kernel", "branch/kernel", "deep/kernel"}
+    assert "head/kernel" not in chosen.penalties and set(chosen.penalties) == {
+        "stem/kernel",
+        "branch/kernel",
+        "deep/kernel",
+    }
     weights = {weight.path: weight for weight in network.trainable_weights}
     penalty = sum(float(chosen.penalties[path](weights[path])) for path in chosen.penalties)
     logits = network.model(images, training=False)
@@ -468,7 +488,10 @@ def test_channels_of_depthwise_convolutions_and_attention():
     assert len(kernels) == 53 and {c.path for c in kernels} - set(norms) == {"head"}
     assert channels.output_axes(network.model.get_layer("expanded_conv_depthwise")) == (2, 3)
     groups = prunetrain.channel_groups(network, {w.path for w in network.trainable_weights})
-    assert all(group.largest.size == channels.num_channels(group.candidate.layer) for group in groups) and len(groups) == 52
+    assert (
+        all(group.largest.size == channels.num_channels(group.candidate.layer) for group in groups)
+        and len(groups) == 52
+    )
 
     vit = small_vit_network()
     by_name = {c.path.rsplit("/", 1)[-1]: c.layer for c in vit.candidates}

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import distribution
 import pytest
-from errors import UsageError
+
+from core import strategy
+from core.errors import UsageError
 from main import main
 
 ROOT = Path(__file__).parent.parent
@@ -20,8 +21,8 @@ ROOT = Path(__file__).parent.parent
 # A small clipping norm, so that clipping each device's part by itself would show.
 TWO_DEVICES = """
 import sys
-import runtime
-runtime.load_tensorflow()
+from core import environment
+environment.load_tensorflow()
 import tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
@@ -59,11 +60,11 @@ def test_two_devices_train_as_one(tmp_path, data_dir):
     assert done.returncode == 0, done.stderr
     assert "--batch_size must be a multiple of the 2 devices" in done.stderr
     metrics, summaries = [], []
-    for strategy in ("none", "mirrored"):
-        with open(logs / strategy / "metrics.csv", newline="") as file:
+    for name in ("none", "mirrored"):
+        with open(logs / name / "metrics.csv", newline="") as file:
             metrics.append(list(csv.DictReader(file)))
-        summaries.append(json.loads((logs / strategy / "summary.json").read_text()))
-        assert json.loads((logs / strategy / "config.json").read_text())["bn_stats"] == "stored"
+        summaries.append(json.loads((logs / name / "summary.json").read_text()))
+        assert json.loads((logs / name / "config.json").read_text())["bn_stats"] == "stored"
     for one, two in zip(*metrics, strict=True):
         for column in ("train_loss", "val_loss"):
             assert float(two[column]) == pytest.approx(float(one[column]), rel=1e-5), (column, one, two)
@@ -81,7 +82,7 @@ import json, os, sys
 index, *ports = map(int, sys.argv[1:])
 workers = [f"127.0.0.1:{port}" for port in ports]
 os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}})
-import runtime
+from core import environment
 import tensorflow as tf
 strategy = tf.distribute.MultiWorkerMirroredStrategy()
 import keras
@@ -115,8 +116,13 @@ def test_keras_cannot_fit_on_several_workers():
         ports = [str(free.getsockname()[1]) for free in (one, two)]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     workers = [
-        subprocess.Popen([sys.executable, "-c", TWO_WORKERS, str(index), *ports], stdout=subprocess.PIPE,
-                         stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})  # fmt: skip
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_WORKERS, str(index), *ports],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
         for index in range(2)
     ]
     try:
@@ -131,22 +137,23 @@ def test_keras_cannot_fit_on_several_workers():
 
 
 @pytest.mark.parametrize(
-    "strategy, says",
+    "flags, says",
     [("multi_worker_mirrored", "fails under MultiWorkerMirroredStrategy"), ("mirrored", "at least two devices"),
      ("mirrored --train_type prunetrain", "select once"), ("mirrored --memory_budget_mb 300", "leave out one of them")],
 )  # fmt: skip
-def test_what_cannot_work_is_refused_in_one_line(strategy, says, tmp_path, capsys, data_dir):
-    assert main(["--strategy", *strategy.split(), "--log_dir", str(tmp_path / "logs"), "--data_dir", data_dir]) == 2
+def test_what_cannot_work_is_refused_in_one_line(flags, says, tmp_path, capsys, data_dir):
+    assert main(["--strategy", *flags.split(), "--log_dir", str(tmp_path / "logs"), "--data_dir", data_dir]) == 2
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and says in err
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    "images, batch_size, devices, size", [(64, 16, 2, 16), (33, 16, 2, 12), (360, 32, 4, 28), (7, 16, 8, None), (8, 16, 8, 8), (7, 16, 2, 4)]
+    "images, batch_size, devices, size",
+    [(64, 16, 2, 16), (33, 16, 2, 12), (360, 32, 4, 28), (7, 16, 8, None), (8, 16, 8, 8), (7, 16, 2, 4)],
 )
 def test_every_device_gets_a_part_of_every_batch(images, batch_size, devices, size):
-    found = distribution._even_batch_size(images, batch_size, devices)
+    found = strategy._even_batch_size(images, batch_size, devices)
     assert found == size
     if size:
         share = size // devices
@@ -155,7 +162,7 @@ def test_every_device_gets_a_part_of_every_batch(images, batch_size, devices, si
 
 
 def test_images_that_cannot_be_shared_out_are_refused():
-    strategy = SimpleNamespace(num_replicas_in_sync=8)
+    devices = SimpleNamespace(num_replicas_in_sync=8)
     with pytest.raises(UsageError, match="Received: 7 test images"):
-        distribution.check_batches(strategy, 16, {"validation": None, "test": 7})
-    distribution.check_batches(None, 15, {"validation": 1, "test": 7})
+        strategy.check_batches(devices, 16, {"validation": None, "test": 7})
+    strategy.check_batches(None, 15, {"validation": 1, "test": 7})

@@ -13,12 +13,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import flags
 import pytest
-import selection
 import sweep
+
+import selection
 from data import DATASETS
 from models import BACKBONES
+from run import flags
 
 ROOT = Path(sweep.__file__).parent.parent
 
@@ -30,7 +31,7 @@ import json, os, signal, sys
 from dataclasses import asdict
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-import flags
+from run import flags
 
 here = Path(__file__).parent
 cfg = flags.parse(sys.argv[1:])
@@ -87,7 +88,7 @@ class Bench:
     def start(self, *words, **axes):
         command = [sys.executable, str(self.folder / "sweep_it.py"), *self.words(*words, **axes)]
         # Tests that run in the background have SIGINT ignored, and so would the sweep.
-        listen = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+        listen = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
 
     def tell(self, name, text):
@@ -147,7 +148,10 @@ def test_dry_run_alone_is_the_sixteen_pairs_and_main_accepts_each_line(capsys, t
 
 
 def rhos_of(capsys, *argv):
-    configs = [flags.parse(shlex.split(line)[2:]) for line in lines_of(capsys, "--models", "vgg16", "--datasets", "digits", *argv)]
+    configs = [
+        flags.parse(shlex.split(line)[2:])
+        for line in lines_of(capsys, "--models", "vgg16", "--datasets", "digits", *argv)
+    ]
     found = {}
     for cfg in configs:
         found.setdefault(cfg.train_type, []).append(cfg.rho)

@@ -9,7 +9,8 @@ import plot
 import pytest
 import runs as run_folders
 import table
-from config import Config
+
+from core.config import Config
 
 
 def make_run(logs, accuracy=None, status="done", memory_mb=100.0, epoch_s=2.0, selection_s=0.5, name=None, **flags):
@@ -36,7 +37,9 @@ def make_run(logs, accuracy=None, status="done", memory_mb=100.0, epoch_s=2.0, s
 
 
 def adabet(logs, accuracy, seed, rho=0.1, **others):
-    return make_run(logs, accuracy, train_type="act_norm_betti_train", rho=rho, num_betti_batches=4, seed=seed, **others)
+    return make_run(
+        logs, accuracy, train_type="act_norm_betti_train", rho=rho, num_betti_batches=4, seed=seed, **others
+    )
 
 
 def full(logs, accuracy, seed, **others):

@@ -1,7 +1,5 @@
 """Weights files of every kind, ImageNet with and without a network, damaged and hostile files."""
 
-import runtime  # noqa: F401  (before Keras: chooses the allocator)
-
 import dataclasses
 import logging
 import os
@@ -14,10 +12,10 @@ import keras
 import numpy as np
 import pytest
 
-import downloads
 import models
-from config import Config
-from errors import RunError, UsageError
+from core import reachability
+from core.config import Config
+from core.errors import RunError, UsageError
 from models import imagenet, weight_files, weights
 
 SMALL_VIT = {"num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
@@ -63,9 +61,7 @@ def assert_holds(model, expected):
 
 @pytest.fixture(scope="module")
 def bare():
-    return randomize(
-        keras.applications.MobileNetV2(include_top=False, weights=None, input_shape=(32, 32, 3))
-    )
+    return randomize(keras.applications.MobileNetV2(include_top=False, weights=None, input_shape=(32, 32, 3)))
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +103,7 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
     monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path / "kagglehub"))
     probed = []
-    monkeypatch.setattr(downloads, "unreachable", lambda url: probed.append(url) or "no network")
+    monkeypatch.setattr(reachability, "unreachable", lambda url: probed.append(url) or "no network")
     return probed
 
 
@@ -409,7 +405,7 @@ def test_damaged_cached_file_is_named(offline, whole_files, tmp_path):
 
 
 def test_download_goes_through_keras(offline, whole_files, bare, monkeypatch, capsys):
-    monkeypatch.setattr(downloads, "unreachable", lambda url: None)
+    monkeypatch.setattr(reachability, "unreachable", lambda url: None)
     asked = []
 
     def get_file(name, url, **options):
@@ -424,7 +420,7 @@ def test_download_goes_through_keras(offline, whole_files, bare, monkeypatch, ca
 
 
 def test_failing_download_is_like_no_network(offline, monkeypatch):
-    monkeypatch.setattr(downloads, "unreachable", lambda url: None)
+    monkeypatch.setattr(reachability, "unreachable", lambda url: None)
 
     def get_file(*arguments, **options):
         raise Exception("URL fetch failure: 503")  # what Keras raises
@@ -511,9 +507,7 @@ def test_vit_files_load_at_another_size(small_vit, tmp_path, extension):
 def preset_in_cache(vit, input_size, **other):
     import keras_hub
 
-    backbone = keras_hub.models.ViTBackbone(
-        image_shape=(input_size, input_size, 3), **{**vit.HYPERPARAMETERS, **other}
-    )
+    backbone = keras_hub.models.ViTBackbone(image_shape=(input_size, input_size, 3), **{**vit.HYPERPARAMETERS, **other})
     folder = vit.preset_folder(models.BACKBONES["vit"].imagenet.preset)
     randomize(backbone).save_to_preset(folder)
     return backbone, folder

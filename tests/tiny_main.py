@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-import runtime  # noqa: E402, F401  before anything imports TensorFlow
 import models  # noqa: E402
+from core import environment  # noqa: E402, F401  before anything imports TensorFlow
 from main import main  # noqa: E402
 
 

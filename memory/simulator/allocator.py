@@ -16,7 +16,7 @@ _FIRST_REGION = 2 << 20  # bytes
 class Chunk:
     """A piece of a region: handed out or free, with its neighbours in address order."""
 
-    __slots__ = ("size", "address", "before", "after", "free")
+    __slots__ = ("address", "after", "before", "free", "size")
 
     def __init__(self, size, address, before=None, after=None):
         self.size, self.address, self.before, self.after = size, address, before, after

@@ -85,14 +85,16 @@ def _out_of_memory(error, situation):
     """Says what was needed, and by the estimator the largest batch that would fit."""
     import tensorflow as tf
 
-    import runtime
+    from core import environment
     from memory import budget, estimate
 
     cfg, network = situation.cfg, situation.network
     training = [weight.path for weight in network.trainable_weights if weight.trainable]
     reads = SCHEMES[cfg.train_type].reads
     selecting = situation.selection is None
-    flag, images = ("--betti_points", cfg.betti_points) if selecting and "betti_points" in reads else ("--batch_size", None)
+    flag, images = (
+        ("--betti_points", cfg.betti_points) if selecting and "betti_points" in reads else ("--batch_size", None)
+    )
     images = images or situation.batch_size
 
     def needs(images):
@@ -101,13 +103,17 @@ def _out_of_memory(error, situation):
         return budget.peak_bytes(network, training, cfg, images)  # compiled anew for each size: a trace has one
 
     # What the allocator held when it could get no more: that much there is.
-    had = tf.config.experimental.get_memory_info(runtime.device())["peak"]
+    had = tf.config.experimental.get_memory_info(environment.device())["peak"]
     what = "the selection's forward pass" if selecting else "a training step"
     told = f"out of memory: {what} on {images} images needs {needs(images) / MB:.0f} MB by estimate, and {had / MB:.0f} MB were to be had"
     fitting = images // 2
     while fitting and needs(fitting) > had:
         fitting //= 2
-    advice = [f"start anew with {flag} {fitting}, estimated at {needs(fitting) / MB:.0f} MB" if fitting else "lower --input_size"]
+    advice = [
+        f"start anew with {flag} {fitting}, estimated at {needs(fitting) / MB:.0f} MB"
+        if fitting
+        else "lower --input_size"
+    ]
     if not selecting and "memory_budget_mb" in reads:
         advice.append(f"with --memory_budget_mb {had / MB:.0f}, which trains as many layers as fit")
     return f"{told}; {', or '.join(advice)}."

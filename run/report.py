@@ -1,6 +1,6 @@
 """What a run says of itself: the records of its folder, and what the console shows.
 
-Pure functions from results to dicts and text; writing is run_folder.py's.
+Pure functions from results to dicts and text; writing is run/folder.py's.
 """
 
 import logging
@@ -8,10 +8,10 @@ import math
 import statistics
 from dataclasses import asdict
 
-from errors import UsageError
+from core.environment import device_facts
+from core.errors import UsageError
 from memory.measure import peak_rss_bytes
-from run_folder import fingerprint, library_versions
-from runtime import device_facts
+from run.folder import fingerprint, library_versions
 
 log = logging.getLogger("adabet")
 
@@ -87,7 +87,9 @@ def _difference(now, then):
     if not (isinstance(now, dict) and isinstance(then, dict)):
         return f"{now}, where it was {then}"
     return ", ".join(
-        f"{key} {now.get(key)}, where it was {then.get(key)}" for key in {**then, **now} if now.get(key) != then.get(key)
+        f"{key} {now.get(key)}, where it was {then.get(key)}"
+        for key in {**then, **now}
+        if now.get(key) != then.get(key)
     )
 
 
@@ -185,7 +187,9 @@ def summary_record(cfg, images, network, selection, result):
         "memory_budget_mb": cfg.memory_budget_mb,
         "budget_next_layer": result.budget_next_layer,
         "budget_next_bytes_estimated": result.budget_next_bytes,
-        "stayed_at_chance": stayed_at_chance(result.epochs, images.steps_per_epoch * images.batch_size, images.majority_share),
+        "stayed_at_chance": stayed_at_chance(
+            result.epochs, images.steps_per_epoch * images.batch_size, images.majority_share
+        ),
         "skipped_images": None if images.skipped_images is None else len(images.skipped_images),
     }
 
@@ -234,7 +238,9 @@ def ranking_table(selection):
     """Returns the layers as a table, best first where they were ranked, else in forward order."""
     rows = sorted(selection.layers, key=lambda row: row["rank"] or math.inf)
     path_width = max(len(row["path"]) for row in rows)
-    lines = [f"{'rank':>4}  {'layer':<{path_width}}  {'b1':>7}  {'activation':>10}  {'weights':>9}  {'score':>10}  trains"]
+    lines = [
+        f"{'rank':>4}  {'layer':<{path_width}}  {'b1':>7}  {'activation':>10}  {'weights':>9}  {'score':>10}  trains"
+    ]
     for row in rows:
         lines.append(
             f"{_or_dash(row['rank']):>4}  {row['path']:<{path_width}}  {_number(row['betti_1'], 2):>7}  "

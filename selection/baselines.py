@@ -1,11 +1,13 @@
-"""Schemes that need no ranking: what trains is known before the data are."""
+"""Schemes that look at no image: fixed sets of weights, and control rankings."""
 
 import difflib
 import json
 from pathlib import Path
 
-from errors import UsageError
-from selection.ranking import eligible_paths, matching, select_layers, select_weights
+import numpy as np
+
+from core.errors import UsageError
+from selection.ranking import eligible_paths, matching, select_layers, select_top, select_weights
 
 
 def everything(network, batches, cfg):
@@ -95,5 +97,29 @@ def _read_list(path):
             f"Received: {path} ({error!r})."
         ) from error
     if not isinstance(selected, list) or not all(isinstance(entry, str) for entry in selected):
-        raise UsageError(f"`selected` in a selection.json is a list of layer paths. Received: {path} with another value.")
+        raise UsageError(
+            f"`selected` in a selection.json is a list of layer paths. Received: {path} with another value."
+        )
     return selected
+
+
+# Rankings that look at no image: what AdaBet has to beat. The last two ask whether it
+# is the topology, or only the small activations near the output.
+
+_DRAW = 7  # keeps these random numbers apart from those of the data
+
+
+def at_random(network, batches, cfg):
+    """Ranks the layers by random numbers, which the seed decides."""
+    rng = np.random.default_rng([cfg.seed, _DRAW])
+    return select_top(network, cfg, rng.random(len(network.candidates)).tolist())
+
+
+def nearest_the_output(network, batches, cfg):
+    """Ranks the layers by their place in the forward pass, the last first."""
+    return select_top(network, cfg, list(range(len(network.candidates))))
+
+
+def smallest_activation(network, batches, cfg):
+    """Ranks the layers by the elements of their output, the fewest first."""
+    return select_top(network, cfg, [-candidate.activation_size for candidate in network.candidates])

@@ -243,7 +243,7 @@ def _conditions(network, cfg, batch_size):
     import keras
     import tensorflow as tf
 
-    import runtime
+    from core import environment
 
     return {
         "model_name": cfg.model_name,
@@ -252,7 +252,7 @@ def _conditions(network, cfg, batch_size):
         "weights": hashlib.sha256(
             repr([(weight.path, tuple(weight.shape)) for weight in tensors(network)]).encode()
         ).hexdigest()[:16],
-        **runtime.device_facts(),
+        **environment.device_facts(),
         "host": platform.node(),
         "processor": platform.processor() or platform.machine(),
         "tensorflow": tf.__version__,
@@ -280,7 +280,7 @@ def _checksum(record):
 
 
 def _write(file, found):
-    from run_folder import write_whole
+    from core.files import write_whole
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,8 @@ import concurrent.futures.process
 import multiprocessing
 from dataclasses import dataclass, replace
 
-import runtime
-from errors import RunError
+from core import environment
+from core.errors import RunError
 from memory.measure import measured_peak, measured_training_step
 
 
@@ -37,7 +37,7 @@ def figures(cfg, num_classes):
         cfg: Config. Schemes that look at images see digits.
         num_classes: int.
     """
-    runtime.load_tensorflow()
+    environment.load_tensorflow()
     from memory import convention, estimate
 
     network = build(cfg, num_classes)
@@ -84,7 +84,7 @@ def measure_peak(cfg, num_classes, what="training", trained_weights=None):
 
 def _measure(cfg, num_classes, what, trained_weights):
     """What `measure_peak` runs in the fresh process."""
-    runtime.load_tensorflow()
+    environment.load_tensorflow()
     network = build(cfg, num_classes)
     if what == "selection":
         with measured_peak() as peak:
@@ -114,7 +114,7 @@ def build(cfg, num_classes):
     """Returns the models.Network of `cfg`, seeded as main.py seeds it."""
     import models
 
-    runtime.seed_everything(cfg.seed)
+    environment.seed_everything(cfg.seed)
     return models.build(cfg, num_classes)
 
 
@@ -136,8 +136,8 @@ def select(network, cfg):
 
 
 def _compile(network, trained_weights, cfg):
+    from models.compiling import compile_model, make_optimizer
     from models.freezing import freeze
-    from optimizers import compile_model, make_optimizer
 
     freeze(network, trained_weights)
     compile_model(network.model, make_optimizer(cfg, total_steps=100))

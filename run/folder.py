@@ -1,6 +1,5 @@
 """The run folder: its name, its files, and that each of them is whole at any moment."""
 
-import contextlib
 import csv
 import fcntl
 import hashlib
@@ -11,12 +10,12 @@ import logging.handlers
 import os
 import shutil
 import sys
-import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from config import Config
-from errors import RunError, UsageError
+from core.config import Config
+from core.errors import RunError, UsageError
+from core.files import CHECKPOINTS, PARTIAL, write_whole
 
 log = logging.getLogger("adabet")
 
@@ -27,9 +26,6 @@ _WITHOUT_EFFECT = {
 }  # fmt: skip
 MAX_NAME_BYTES = 200  # file systems take 255; a temporary file of RUN_NAME.txt has a longer name
 _LIBRARIES = ("tensorflow", "keras", "keras-hub", "tensorflow-datasets", "gudhi", "numpy", "scipy", "scikit-learn")
-
-CHECKPOINTS = "checkpoint"  # the folder of a run folder that checkpoint.py writes to
-_PARTIAL = ".partial-"  # begins the names of files that aren't whole yet
 
 
 def set_up_logging():
@@ -119,9 +115,13 @@ def recorded(folder):
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UsageError(f"a run folder has a readable config.json. Received: {folder} ({error}); start a new run.") from None
+        raise UsageError(
+            f"a run folder has a readable config.json. Received: {folder} ({error}); start a new run."
+        ) from None
     if not isinstance(record, dict):
-        raise UsageError(f"a run folder has a config.json of flags. Received: {folder} with another one; start a new run.")
+        raise UsageError(
+            f"a run folder has a config.json of flags. Received: {folder} with another one; start a new run."
+        )
     return record
 
 
@@ -171,7 +171,7 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise RunError(f"the run folder can't be made in {cfg.log_dir}: {error}") from error
-        for partial in [*self.path.glob(f"{_PARTIAL}*"), *self.path.glob(f"{CHECKPOINTS}/{_PARTIAL}*")]:
+        for partial in [*self.path.glob(f"{PARTIAL}*"), *self.path.glob(f"{CHECKPOINTS}/{PARTIAL}*")]:
             partial.unlink()  # what SIGKILL left of a file that was being written
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         early_log.setTarget(handler)
@@ -203,7 +203,7 @@ class RunFolder:
         """Writes model.keras: raw images to logits, loadable by plain Keras."""
         import keras
 
-        temporary = self.path / f"{_PARTIAL}model.keras"
+        temporary = self.path / f"{PARTIAL}model.keras"
         try:
             # The same layers, not compiled: without optimizer and metrics of ours to load.
             keras.Model(model.inputs, model.outputs, name=model.name).save(temporary)
@@ -211,7 +211,6 @@ class RunFolder:
         finally:
             temporary.unlink(missing_ok=True)
         log.info("Model: %s", self.path / "model.keras")
-
 
     def finish(self):
         """Removes the checkpoints, which a finished run needs no more."""
@@ -223,49 +222,6 @@ class _FileHandler(logging.FileHandler):
 
     def handleError(self, record):
         pass
-
-
-def write_whole(path, text):
-    """Writes a text file so that a reader finds the old content or the new, never a part.
-
-    Args:
-        path: pathlib.Path.
-        text: str.
-
-    Raises:
-        OSError: as the system has it; the old content stays.
-    """
-    with whole_file(path) as file:
-        file.write(text.encode())
-
-
-@contextlib.contextmanager
-def whole_file(path):
-    """Gives a binary file to write that takes its name when it is whole and on the disk.
-
-    Args:
-        path: pathlib.Path.
-
-    Raises:
-        OSError: as the system has it; what had the name before stays.
-    """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{_PARTIAL}{path.name}.")
-    try:
-        with open(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):  # the folder may be gone
-            os.unlink(temporary)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # without which a power cut may undo the renaming
-    finally:
-        os.close(folder)
 
 
 def fingerprint(cfg, facts):
@@ -334,9 +290,3 @@ def _made(path):
     except FileExistsError:
         return False
     return True
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -27,9 +27,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     _ENVIRONMENT["TF_ENABLE_ONEDNN_OPTS"] = "1"
 
 if "tensorflow" in sys.modules:
-    raise ImportError(
-        "runtime must be imported before tensorflow: the allocator is chosen when TensorFlow loads"
-    )
+    raise ImportError("runtime must be imported before tensorflow: the allocator is chosen when TensorFlow loads")
 for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 

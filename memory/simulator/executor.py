@@ -11,7 +11,7 @@ and a stream's own; no estimate has been held against a measurement there.)
 import heapq
 from collections import deque
 
-from memory import kernels
+from memory.simulator import kernels
 
 
 class Buffer:
@@ -24,7 +24,7 @@ class Buffer:
         part: str. What the split of the peak counts it as.
     """
 
-    __slots__ = ("chunk", "num_bytes", "references", "part")
+    __slots__ = ("chunk", "num_bytes", "part", "references")
 
     def __init__(self, chunk, num_bytes, part):
         self.chunk, self.num_bytes, self.part, self.references = chunk, num_bytes, part, 1
@@ -147,7 +147,9 @@ class _Run:
         else:
             outputs = [memory.allocate(tensor.num_bytes, op.part, op) for tensor in op.outputs[1:]]
             if op.outputs:
-                outputs.insert(0, self.written_over(op, inputs) or memory.allocate(op.outputs[0].num_bytes, op.part, op))
+                outputs.insert(
+                    0, self.written_over(op, inputs) or memory.allocate(op.outputs[0].num_bytes, op.part, op)
+                )
         for port, buffer in enumerate(outputs):
             self.held[index, port] = buffer
 

@@ -35,8 +35,23 @@ WRITES_OVER = {
 
 # The executor runs these where they turn up, instead of handing them to the thread pool.
 INEXPENSIVE = frozenset(
-    "_Arg Placeholder VarHandleOp Const NoOp Identity IdentityN Reshape Squeeze ExpandDims Shape ShapeN Size Rank "
-    "StopGradient".split()
+    [
+        "_Arg",
+        "Placeholder",
+        "VarHandleOp",
+        "Const",
+        "NoOp",
+        "Identity",
+        "IdentityN",
+        "Reshape",
+        "Squeeze",
+        "ExpandDims",
+        "Shape",
+        "ShapeN",
+        "Size",
+        "Rank",
+        "StopGradient",
+    ]
 )
 
 # They look at a tensor's shape only.

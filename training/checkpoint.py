@@ -25,11 +25,12 @@ from pathlib import Path
 import keras
 import numpy as np
 
-import interruption
-from run_folder import CHECKPOINTS, whole_file
+from core import signals
+from core.files import CHECKPOINTS, whole_file
 from selection.ranking import Selection
 
 log = logging.getLogger("adabet")
+
 
 KEPT = 2  # of the training; the one before is for when the last is damaged
 _END = struct.Struct("<QI")  # bytes of the JSON line, CRC-32
@@ -205,16 +206,20 @@ class Checkpointer(keras.callbacks.Callback):
 
     def __init__(self, run_folder, cfg, steps_per_epoch, selection, result, best, clock):
         """Args:
-            run_folder: pathlib.Path.
-            cfg: Config. Reads checkpoint_minutes.
-            steps_per_epoch: int.
-            selection: selection.Selection, the first.
-            result: train.Result.
-            best: train.BestEpoch.
-            clock: train.EpochClock.
+        run_folder: pathlib.Path.
+        cfg: Config. Reads checkpoint_minutes.
+        steps_per_epoch: int.
+        selection: selection.Selection, the first.
+        result: train.Result.
+        best: train.BestEpoch.
+        clock: train.EpochClock.
         """
         super().__init__()
-        self.run_folder, self.interval_s, self.steps_per_epoch = run_folder, 60 * cfg.checkpoint_minutes, steps_per_epoch
+        self.run_folder, self.interval_s, self.steps_per_epoch = (
+            run_folder,
+            60 * cfg.checkpoint_minutes,
+            steps_per_epoch,
+        )
         self.selection, self.result, self.best, self.clock = selection, result, best, clock
         self.checksums = {}
         self.begin_at(0)
@@ -238,28 +243,28 @@ class Checkpointer(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         # Before the first step there is nothing to lose, and tracing may take long: so far a signal broke in.
-        interruption.hold()
+        signals.hold()
         if self.result.status == "diverged":
             return
         self.step = self.first_step + batch + 1
         if self.step == self.steps_per_epoch:  # the evaluation will empty the metrics
             self.metrics, self.epoch_s = self._metrics(), self.clock.seconds_so_far()
-        if interruption.pending() or time.monotonic() - self.saved_at >= self.interval_s:
+        if signals.pending() or time.monotonic() - self.saved_at >= self.interval_s:
             self.save(self.epoch, self.step)
-        interruption.check()
+        signals.check()
 
     def on_test_batch_end(self, batch, logs=None):
-        if interruption.pending():
+        if signals.pending():
             if self.result.status != "diverged":
                 self.save(self.epoch, self.step)
-            interruption.check()
+            signals.check()
 
     def on_epoch_end(self, epoch, logs=None):
         if self.result.status == "diverged":
             return
         self.begin_at(0)
         self.save(epoch + 1, 0)
-        interruption.check()
+        signals.check()
 
     def save(self, epoch, step):
         """Saves the training as it stands.

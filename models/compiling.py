@@ -2,7 +2,7 @@
 
 import keras
 
-import distribution
+from core import strategy
 
 
 def make_optimizer(cfg, total_steps):
@@ -14,7 +14,7 @@ def make_optimizer(cfg, total_steps):
         "global_clipnorm": cfg.global_clipnorm or None,
     }
     optimizer = OPTIMIZERS[cfg.optimizer](common)
-    return optimizer if cfg.strategy == "none" else distribution.clip_the_sum(optimizer)
+    return optimizer if cfg.strategy == "none" else strategy.clip_the_sum(optimizer)
 
 
 OPTIMIZERS = {

@@ -12,13 +12,13 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
-import run_folder
-from config import Config
+from core.config import Config
+from core.errors import UsageError
+from core.strategy import STRATEGIES
+from core.strategy import check as check_strategy
 from data import DATASETS, dataset_row
-from distribution import STRATEGIES
-from distribution import check as check_strategy
-from errors import UsageError
 from models import BACKBONES, check_input_size, check_weights
+from run import folder as run_folder
 from selection import ALIASES, SCHEMES, SELECTION_FLAGS
 from selection.betti import MIN_POINTS
 
@@ -71,7 +71,9 @@ def parse(argv):
 def _folder_to_resume(args):
     """Returns the run folder that `--resume` means, a pathlib.Path."""
     if args.list_layers or args.prepare_only:
-        raise UsageError("--resume goes on with a run. Received: --list_layers or --prepare_only too; leave out one of them.")
+        raise UsageError(
+            "--resume goes on with a run. Received: --list_layers or --prepare_only too; leave out one of them."
+        )
     if args.resume is True:
         if args.run_name is None:
             raise UsageError(
@@ -82,8 +84,11 @@ def _folder_to_resume(args):
     if not (folder / "config.json").exists():
         raise UsageError(
             f"--resume takes the folder of a run, with its config.json. Received: {args.resume}; "
-            + ("a run that ended before it wrote that is started again by its own flags, --run_name and --resume."
-               if folder.is_dir() else "there is no such folder, check the path.")
+            + (
+                "a run that ended before it wrote that is started again by its own flags, --run_name and --resume."
+                if folder.is_dir()
+                else "there is no such folder, check the path."
+            )
         )
     return folder
 
@@ -107,7 +112,9 @@ def make_parser():
         "imagenet: that or an error; none: random; PATH: a .keras, .weights.h5 or .h5 file\n" + _D,
     )
     group.add_argument(
-        "--input_size", type=_integer(1), help=f"side of the square input in pixels\n(default: {_by_data('input_size')})"
+        "--input_size",
+        type=_integer(1),
+        help=f"side of the square input in pixels\n(default: {_by_data('input_size')})",
     )
     group.add_argument(
         "--bn_stats",
@@ -133,9 +140,7 @@ def make_parser():
         help="leave out, and list, images of --image_dir that can't be read,\ninstead of refusing the folder\n" + _D,
     )
     group.add_argument("--data_dir", help="TFDS folder (default: TFDS's own, ~/tensorflow_datasets)")
-    group.add_argument(
-        "--prepare_only", **_switch(False), help="fetch the data set and the ImageNet weights, and stop"
-    )
+    group.add_argument("--prepare_only", **_switch(False), help="fetch the data set and the ImageNet weights, and stop")
     group.add_argument("--num_classes", type=_integer(2), help="only checks the data, which say their own count")
     group.add_argument(
         "--protocol",
@@ -176,7 +181,10 @@ def make_parser():
         f"(default: {TIMINGS[0]})",
     )
     group.add_argument(
-        "--num_betti_batches", type=_integer(1), default=None, help=f"point clouds the ranking looks at (default: {_BATCHES})"
+        "--num_betti_batches",
+        type=_integer(1),
+        default=None,
+        help=f"point clouds the ranking looks at (default: {_BATCHES})",
     )
     group.add_argument(
         "--betti_points",
@@ -198,7 +206,9 @@ def make_parser():
     group = parser.add_argument_group("training")
     group.add_argument("--batch_size", type=_integer(1), default=Config.batch_size, help=_D)
     group.add_argument("--num_epochs", type=_integer(1), help=f"(default: {_by_data('num_epochs')})")
-    group.add_argument("--optimizer", choices=("sgd", "adam"), default=Config.optimizer, help="sgd has momentum 0.9\n" + _D)
+    group.add_argument(
+        "--optimizer", choices=("sgd", "adam"), default=Config.optimizer, help="sgd has momentum 0.9\n" + _D
+    )
     group.add_argument(
         "--learning_rate",
         type=_real(0, math.inf, open_low=True, open_high=True),
@@ -224,7 +234,8 @@ def make_parser():
         type=_real(0, math.inf, open_high=True),
         default=Config.checkpoint_minutes,
         metavar="MINUTES",
-        help="a checkpoint is written at the end of every epoch, and so often within long ones;\n0: after every step\n" + _D,
+        help="a checkpoint is written at the end of every epoch, and so often within long ones;\n0: after every step\n"
+        + _D,
     )
     group.add_argument("--seed", type=_integer(0), default=Config.seed, help=_D)
 
@@ -330,9 +341,7 @@ def without_doubled_flags(argv):
         argv: list of str.
     """
     return [
-        word
-        for word, following in zip(argv, [*argv[1:], None])
-        if not (word.startswith("--") and word == following)
+        word for word, following in zip(argv, [*argv[1:], None]) if not (word.startswith("--") and word == following)
     ]
 
 

@@ -8,7 +8,7 @@ statistics, which each device takes of its own part.
 
 import contextlib
 
-from errors import UsageError
+from core.errors import UsageError
 
 STRATEGIES = ("none", "mirrored", "multi_worker_mirrored")
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import tensorflow as tf
 
-import runtime
-from memory import kernels
+from core import environment
+from memory.simulator import kernels
 from models.layers import calls_replaced
 
 
@@ -213,7 +213,7 @@ def _step(concrete, notes, part_of):
     captured = {placeholder.op.name: by_handle.get(id(tensor)) for tensor, placeholder in concrete.graph.captures}
     variables = {}
     for node in graph_def.node:
-        node.device = f"/job:localhost/replica:0/task:0/device:{runtime.device()}"
+        node.device = f"/job:localhost/replica:0/task:0/device:{environment.device()}"
         variable = captured.get(node.name)
         if variable is not None:  # as a handle, the optimiser knows the shape of what is read from it
             node.op = "VarHandleOp"
@@ -255,7 +255,14 @@ def _ops(graph, variables):
     tf_ops = graph.get_operations()
     index = {op.name: i for i, op in enumerate(tf_ops)}
     ops = [
-        Op(i, op.name, op.type, [_tensor(t) for t in op.inputs], [_tensor(t) for t in op.outputs], [[] for _ in op.outputs])
+        Op(
+            i,
+            op.name,
+            op.type,
+            [_tensor(t) for t in op.inputs],
+            [_tensor(t) for t in op.outputs],
+            [[] for _ in op.outputs],
+        )
         for i, op in enumerate(tf_ops)
     ]
     for op, tf_op in zip(ops, tf_ops):
@@ -308,7 +315,11 @@ def _name_parts(ops, notes):
         if op.part == "gradients":
             for consumer, slot in itertools.chain(*op.consumers):
                 scaled = ops[consumer]
-                if scaled.type == "Mul" and not scaled.inputs[1 - slot].shape and not _in_scope(scaled, notes.optimizer):
+                if (
+                    scaled.type == "Mul"
+                    and not scaled.inputs[1 - slot].shape
+                    and not _in_scope(scaled, notes.optimizer)
+                ):
                     scaled.part = "gradients"
 
 
