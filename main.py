@@ -114,13 +114,13 @@ def run(cfg, early_log):
     result, selection = train.Result(), None
     try:
         if saved:
-            selection = Selection.from_plain(saved.record["selection"])
+            selection = Selection.from_record(saved.record["selection"])
             checkpoint.fill(result, saved.record["result"])
-            take_up = functools.partial(scheme.take_up, network, images.selection_batches, cfg)
+            restore = functools.partial(scheme.restore, network, images.selection_batches, cfg)
             if result.later:
-                result.later[-1] = (result.later[-1][0], take_up(result.later[-1][1]))
+                result.later[-1] = (result.later[-1][0], restore(result.later[-1][1]))
             else:
-                selection = take_up(selection)
+                selection = restore(selection)
             log.info("Goes on after epoch %d, step %d", saved.record["epoch"], saved.record["step"])
         else:
             start = time.perf_counter()

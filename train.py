@@ -183,7 +183,7 @@ def fine_tune(network, selection, data, cfg, folder, result, saved=None):
     best = BestEpoch()
     checkpointer = Checkpointer(folder.path, cfg, data.steps_per_epoch, selection, result, best, clock)
     current, optimizer = result.later[-1][1] if result.later else selection, None
-    segment = cfg.interval if current.again else cfg.num_epochs
+    segment = cfg.interval if current.reselect else cfg.num_epochs
     epoch, step = (saved.record["epoch"], saved.record["step"]) if saved else (0, 0)
     # Of an epoch that has just ended, the segment that it belongs to: the next begins with a selection.
     first = max(0, epoch - (step == 0)) // segment * segment
@@ -200,7 +200,7 @@ def fine_tune(network, selection, data, cfg, folder, result, saved=None):
         with model.distribute_strategy.scope():
             compile_model(model, optimizer)
         # What a later selection trains has to be put back too, if the best epoch came before it.
-        best.variables = model.variables if current.again else changing_variables(network)
+        best.variables = model.variables if current.reselect else changing_variables(network)
         if goes_on:
             with model.distribute_strategy.scope():
                 optimizer.build(model.trainable_variables)
@@ -334,7 +334,7 @@ def reselect(selection, epoch, result):
     """Asks a selection for the one that follows it, and accounts for what that took.
 
     Args:
-        selection: selection.Selection with `again`.
+        selection: selection.Selection with `reselect`.
         epoch: int, from 0.
         result: Result.
 
@@ -343,7 +343,7 @@ def reselect(selection, epoch, result):
     """
     start = time.perf_counter()
     with measured_peak() as peak:
-        following = selection.again(epoch)
+        following = selection.reselect(epoch)
     result.selection_s = (result.selection_s or 0.0) + time.perf_counter() - start
     result.selection_peak_bytes = max_known(result.selection_peak_bytes, peak.bytes)
     result.later.append((epoch + 1, following))

@@ -12,7 +12,7 @@ from core.errors import UsageError
 from memory import estimate
 from models.compiling import compile_model, make_optimizer
 from models.freezing import freeze
-from selection.ranking import with_prefix
+from selection.ranking import with_first_layers
 
 log = logging.getLogger("adabet")
 
@@ -61,7 +61,7 @@ def fit(network, selection, cfg, batch_size):
 
     def needs(length):
         if length not in estimates:
-            weights = with_prefix(network, selection, length).trained_weights
+            weights = with_first_layers(network, selection, length).trained_weights
             estimates[length] = peak_bytes(network, weights, cfg, batch_size)
             log.info("Estimated peak with the first %d layers: %.1f MB", length, estimates[length] / MB)
         return estimates[length]
@@ -74,8 +74,8 @@ def fit(network, selection, cfg, batch_size):
         else:
             too_long = middle
     if fits == len(ranked):
-        return with_prefix(network, selection, fits), None, None
-    return with_prefix(network, selection, fits), ranked[fits]["path"], needs(fits + 1)
+        return with_first_layers(network, selection, fits), None, None
+    return with_first_layers(network, selection, fits), ranked[fits]["path"], needs(fits + 1)
 
 
 def peak_bytes(network, trained_weights, cfg, batch_size):

@@ -102,7 +102,7 @@ class Network:
             those of no candidate too; their paths are unique.
         backbone: keras.Model. The network without preprocessing and head, on
             the same layers.
-        weights: dict. Provenance, JSON-ready: `source` (imagenet, file, none),
+        provenance: dict. Where the weights come from, JSON-ready: `source` (imagenet, file, none),
             `path`, `sha256`, `matched_layers`, `backbone_layers`, `note`.
         bn_stats: str or None. ``stored``, ``batch``, or None where the network
             has no batch normalisation.
@@ -113,7 +113,7 @@ class Network:
     candidates: list
     trainable_weights: list
     backbone: Any = None
-    weights: dict | None = None
+    provenance: dict | None = None
     bn_stats: str | None = None
 
 
@@ -199,7 +199,7 @@ def load_weights(network, cfg):
     if BACKBONES[cfg.model_name].has_batch_norm:
         bn_stats = batchnorm.resolve(cfg.bn_stats, pretrained=provenance["source"] != "none")
         batchnorm.MODES[bn_stats](network.model)
-    return replace(network, weights=provenance, bn_stats=bn_stats)
+    return replace(network, provenance=provenance, bn_stats=bn_stats)
 
 
 def prepare(cfg):

@@ -34,7 +34,7 @@ def config_record(cfg, images, network, folder):
     decisive = {
         "versions": library_versions(),
         "dataset_version": images.version,
-        "weights_provenance": network.weights,
+        "weights_provenance": network.provenance,
     }
     return {
         **asdict(cfg),
@@ -105,7 +105,7 @@ def selection_record(cfg, selection, later=()):
         "scheme": cfg.train_type,
         "rho": cfg.rho,
         "num_layers": len(selection.layers),
-        "budget": selection.budget,
+        "budget": selection.max_layers,
         "selected": list(selection.selected),
         "head_added": selection.head_added,
         "trained_weights": list(selection.trained_weights),
@@ -164,7 +164,7 @@ def summary_record(cfg, images, network, selection, result):
         "rho": cfg.rho,
         "seed": cfg.seed,
         "protocol": cfg.protocol,
-        "weights": network.weights["source"],
+        "weights": network.provenance["source"],
         "accuracy": result.accuracy,
         "val_accuracy": result.val_accuracy,
         "epochs": len(result.epochs),

@@ -27,7 +27,7 @@ class Scheme:
             `batches(points, count)` gives batches of (images, labels).
         check: function (network, cfg, num_images), which raises UsageError for
             what the scheme can't work with, before anything is written.
-        take_up: function (network, batches, cfg, Selection) -> Selection, which gives
+        restore: function (network, batches, cfg, Selection) -> Selection, which gives
             one that was read from a checkpoint its functions back.
         reads: frozenset of str. The flags of selection that it reads.
         rho: float. Default of `--rho`, for schemes that read it.
@@ -40,7 +40,7 @@ class Scheme:
     reads: frozenset
     learning_rate: float
     rho: float = 0.1
-    take_up: Callable = lambda network, batches, cfg, selection: selection
+    restore: Callable = lambda network, batches, cfg, selection: selection
 
 
 # Flags that some schemes don't read: those warn of them, and record null.
@@ -58,8 +58,8 @@ def _topology(select, help):
 
 
 def _elastic(select, importance, help):
-    take_up = partial(elastic.take_up, importance=importance)
-    return Scheme(help, select, elastic.check, _ELASTIC, learning_rate=1e-2, rho=0.533, take_up=take_up)
+    restore = partial(elastic.restore, importance=importance)
+    return Scheme(help, select, elastic.check, _ELASTIC, learning_rate=1e-2, rho=0.533, restore=restore)
 
 
 def _control(select, help, learning_rate):
@@ -113,7 +113,7 @@ SCHEMES = {
         baselines.check_eligible,
         frozenset({"interval", "exclude_layers"}),
         learning_rate=1e-2,
-        take_up=prunetrain.take_up,
+        restore=prunetrain.restore,
     ),
     "random_layers": _control(baselines.at_random, "control: rho of the layers, at random by --seed", 3e-2),
     "last_layers": _control(baselines.nearest_the_output, "control: the rho of the layers nearest the output", 3e-2),

@@ -125,7 +125,7 @@ def _gradient_pass(network):
         yield gradient_function(network, tensors(network))
 
 
-def take_up(network, batches, cfg, selection, importance):
+def restore(network, batches, cfg, selection, importance):
     """Lets a selection from a checkpoint be asked again, by the times that it was made with.
 
     Args:
@@ -139,7 +139,7 @@ def take_up(network, batches, cfg, selection, importance):
     cost = Timings(**selection.files["timings.json"])
     ratios = [tuple(ratio) for ratio in selection.state["ratios"]]
     choose = _chooser(network, images, labels, cost, cfg, importance, ratios)
-    return replace(selection, again=choose, facts=lambda: _achieved(ratios))
+    return replace(selection, reselect=choose, facts=lambda: _achieved(ratios))
 
 
 def _select(network, batches, cfg, importance):
@@ -152,7 +152,7 @@ def _chooser(network, images, labels, cost, cfg, importance, ratios):
     """Returns the function (epoch, from 0) -> Selection.
 
     Args:
-        network, cfg, importance: as in `take_up`.
+        network, cfg, importance: as in `restore`.
         images, labels: the batch that all choices look at.
         cost: selection.elastic_timing.Timings.
         ratios: list of (epochs that a choice is for, ratio predicted, ratio measured), one
@@ -184,7 +184,7 @@ def _chooser(network, images, labels, cost, cfg, importance, ratios):
             files={"timings.json": asdict(cost)},
             facts=lambda: _achieved(ratios),
             state={"ratios": list(ratios)},
-            again=choose,
+            reselect=choose,
         )
 
     return choose

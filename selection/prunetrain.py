@@ -66,7 +66,7 @@ def prunetrain(network, batches, cfg):
     return _pruned(network, all_weights, groups, coefficient, {})
 
 
-def take_up(network, batches, cfg, selection):
+def restore(network, batches, cfg, selection):
     """Gives a selection from a checkpoint its penalties and constraints, and lets it prune on."""
     groups = channel_groups(network, set(selection.trained_weights))
     return _pruned(network, selection, groups, selection.details["penalty_coefficient"], selection.state["pruned"])
@@ -113,7 +113,7 @@ def _pruned(network, selection, groups, coefficient, pruned):
         constraints=constraints,
         details={"penalty_coefficient": coefficient, "pruned_channels": counts},
         state={"pruned": pruned},
-        again=prune,
+        reselect=prune,
         facts=lambda: _pruned_facts(network, groups),
     )
 

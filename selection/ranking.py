@@ -20,13 +20,13 @@ class Selection:
             head's among them, in forward order.
         selected: tuple of str. Paths of the chosen layers, in forward order.
         head_added: bool. The head trains although it wasn't chosen.
-        budget: int or None. Layers that the ranking may choose.
+        max_layers: int or None. Layers that the ranking may choose.
         layers: list of dict. One row a candidate, for selection.json.
         stability: float or None. Mean Kendall tau between the rankings by
             single batches.
         details: dict. More entries for selection.json; no times.
         files: dict from file name to JSON-ready content, for the run folder.
-        again: function (epoch, from 0) -> Selection for the epochs from there on,
+        reselect: function (epoch, from 0) -> Selection for the epochs from there on,
             or None. It is asked every `--interval` epochs.
         penalties: dict from weight path to a function of the weight, whose value
             is added to the training loss.
@@ -41,29 +41,29 @@ class Selection:
     trained_weights: tuple
     selected: tuple
     head_added: bool
-    budget: int | None
+    max_layers: int | None
     layers: list
     stability: float | None = None
     details: dict = field(default_factory=dict)
     files: dict = field(default_factory=dict)
-    again: Callable | None = None
+    reselect: Callable | None = None
     penalties: dict = field(default_factory=dict)
     constraints: dict = field(default_factory=dict)
     facts: Callable | None = None
     state: dict = field(default_factory=dict)
 
-    def plain(self):
+    def to_record(self):
         """Returns all but the functions, as a JSON-ready dict."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _FUNCTIONS}
 
     @classmethod
-    def from_plain(cls, record):
+    def from_record(cls, record):
         """Returns the Selection of such a dict, without functions."""
         tuples = {name: tuple(record[name]) for name in ("trained_weights", "selected")}
         return cls(**{**record, **tuples})
 
 
-_FUNCTIONS = {"again", "penalties", "constraints", "facts"}
+_FUNCTIONS = {"reselect", "penalties", "constraints", "facts"}
 
 
 def layer_budget(rho, num_layers):
@@ -163,7 +163,7 @@ def select_top(network, cfg, scores, columns=(), stability=None):
     return _selection(network, chosen, scores, ranks, columns, budget, stability)
 
 
-def with_prefix(network, selection, length):
+def with_first_layers(network, selection, length):
     """Returns a Selection of the first `length` layers of the ranking of another one."""
     chosen = {row["path"] for row in selection.layers if row["rank"] is not None and row["rank"] <= length}
     scores = [row["score"] for row in selection.layers]
@@ -212,7 +212,7 @@ def _selection(network, chosen, scores, ranks, columns=(), budget=None, stabilit
         trained_weights=tuple(w.path for w in network.trainable_weights if w.path in weights),
         selected=tuple(c.path for c in network.candidates if c.path in chosen),
         head_added=network.head.path not in chosen,
-        budget=budget,
+        max_layers=budget,
         layers=[
             {
                 "path": c.path,

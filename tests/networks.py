@@ -13,7 +13,7 @@ def network_of(model, bn_stats=None):
     return models.Network(
         model=model,
         head=model.get_layer("head"),
-        weights={"source": "none"},
+        provenance={"source": "none"},
         bn_stats=bn_stats,
         candidates=find_candidates(model),
         trainable_weights=list(model.trainable_weights),

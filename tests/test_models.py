@@ -114,7 +114,7 @@ def test_cnns_are_flat_and_complete(networks, name, num_layers):
     network = networks[name]
     weighted = [layer for layer in network.model.layers if layer.weights]
     assert len(weighted) == num_layers + 1  # and the head
-    assert network.weights["backbone_layers"] == num_layers
+    assert network.provenance["backbone_layers"] == num_layers
     assert not any(isinstance(layer, keras.Model) for layer in network.model.layers)
 
 

@@ -195,7 +195,7 @@ def test_a_larger_rho_selects_the_same_layers_and_more(scores, rho, other):
     network = line_network(scores)
     few, many = (select_top(network, Config(rho=share), scores) for share in sorted((rho, other)))
     assert set(few.selected) <= set(many.selected)
-    assert len(few.selected) == few.budget and len(many.selected) == many.budget
+    assert len(few.selected) == few.max_layers and len(many.selected) == many.max_layers
     assert set(few.trained_weights) <= set(many.trained_weights)
     worst = min(scores[int(path.removeprefix("layer"))] for path in many.selected)
     left = [score for i, score in enumerate(scores) if f"layer{i}" not in many.selected]

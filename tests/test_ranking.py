@@ -35,7 +35,7 @@ def test_ties_go_to_the_layer_nearer_the_output():
 
 def test_the_head_is_added_beyond_the_budget(network):
     chosen = select_top(network, Config(rho=0.34), [6, 5, 4, 3, 2, 1])
-    assert chosen.budget == 2
+    assert chosen.max_layers == 2
     assert chosen.selected == ("stem", "branch")
     assert chosen.head_added
     assert chosen.trained_weights == (

@@ -119,7 +119,7 @@ def test_exactly_the_promised_weights_move(name, segments, tmp_path):
     chosen = SCHEMES[name].select(network, data.selection_batches, cfg)
     result = train.Result()
     train.fine_tune(network, chosen, data, cfg, Folder(tmp_path), result)
-    assert len(segments) == (2 if chosen.again else 1) and len(result.epochs) == 2
+    assert len(segments) == (2 if chosen.reselect else 1) and len(result.epochs) == 2
     for before, after, promised in segments:
         assert moved(before, after) == promised
     for (_, after, _), (before, _, _) in itertools.pairwise(segments):
@@ -142,7 +142,7 @@ def test_schemes_with_a_rho_select_as_many_layers():
     ):
         for rho, number in ((0.1, 1), (0.34, 2), (0.5, 3), (1.0, 6)):
             chosen = SCHEMES[name].select(network, data.selection_batches, config_of(name, rho=rho))
-            assert len(chosen.selected) == chosen.budget == number, name
+            assert len(chosen.selected) == chosen.max_layers == number, name
             assert chosen.head_added == ("head" not in chosen.selected)
 
 
@@ -171,7 +171,7 @@ def test_asking_again_for_the_same_changes_no_bit(tmp_path):
             cfg = config_of("listed_layers", interval=interval, optimizer=optimizer, learning_rate=1e-3)
             chosen = select_layers(network, {"branch", "deep_bn"})
             if interval < 2:
-                again = lambda epoch, chosen=chosen: dataclasses.replace(chosen, again=again)  # noqa: B023
+                again = lambda epoch, chosen=chosen: dataclasses.replace(chosen, reselect=again)  # noqa: B023
                 chosen = again(0)
             folder = Folder(tmp_path)
             train.fine_tune(network, chosen, data, cfg, folder, train.Result())
@@ -202,7 +202,7 @@ def test_slots_of_weights_that_stay_are_kept(optimizer):
 def test_the_best_epoch_is_put_back_over_a_re_selection(tmp_path, monkeypatch):
     network, data = tiny_network(), Images()
     then = select_layers(network, {"deep"})
-    chosen = dataclasses.replace(select_layers(network, {"stem"}), again=lambda epoch: then)
+    chosen = dataclasses.replace(select_layers(network, {"stem"}), reselect=lambda epoch: then)
     after_first = {}
     reselect = train.reselect
     monkeypatch.setattr(train, "reselect", lambda *args: after_first.update(values_of(network)) or reselect(*args))

@@ -154,8 +154,8 @@ def test_partial_match_is_told(whole_files, tmp_path, caplog):
     with h5py.File(path, "r+") as file:
         file["Conv1"].attrs["weight_names"] = []
     network = build(path)
-    assert network.weights["matched_layers"] == 103
-    assert network.weights["note"] == "not matched, left random: Conv1"
+    assert network.provenance["matched_layers"] == 103
+    assert network.provenance["note"] == "not matched, left random: Conv1"
     assert "103 of 104" in caplog.text
 
 
@@ -358,8 +358,8 @@ def test_auto_offline_warns_once_and_says_so(offline, caplog):
     network = build("auto")
     (warning,) = [r for r in caplog.records if r.levelno >= logging.WARNING and r.name == "adabet"]
     assert "RANDOM" in warning.getMessage() and "no network" in warning.getMessage()
-    assert network.weights["source"] == "none" and "no network" in network.weights["note"]
-    assert network.weights["matched_layers"] == 0 and network.bn_stats == "batch"
+    assert network.provenance["source"] == "none" and "no network" in network.provenance["note"]
+    assert network.provenance["matched_layers"] == 0 and network.bn_stats == "batch"
     (url,) = offline
     assert url.endswith("/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5")
 
@@ -383,8 +383,8 @@ def test_cached_imagenet_needs_no_network(offline, whole_files, bare, tmp_path):
     path = cache(tmp_path, whole_files)
     network = build("auto")
     assert_holds(network.model, arrays_of(bare))
-    assert network.weights["source"] == "imagenet" and network.weights["matched_layers"] == 104
-    assert network.weights["path"] == str(path) and network.bn_stats == "stored"
+    assert network.provenance["source"] == "imagenet" and network.provenance["matched_layers"] == 104
+    assert network.provenance["path"] == str(path) and network.bn_stats == "stored"
     assert offline == []
 
 
@@ -497,7 +497,7 @@ def test_vit_files_load_at_another_size(small_vit, tmp_path, extension):
     else:
         saved.save(path)
     network = build(path, model_name="vit", input_size=32)
-    assert network.weights["matched_layers"] == network.weights["backbone_layers"] == 20
+    assert network.provenance["matched_layers"] == network.provenance["backbone_layers"] == 20
     expected = arrays_of(saved)
     key = "vit_patching_and_embedding/position_embedding/embeddings"
     expected[key] = small_vit.resize_position_embedding(expected[key], 5)
@@ -517,9 +517,9 @@ def test_cached_vit_preset_needs_no_network(offline, small_vit, tmp_path):
     backbone, folder = preset_in_cache(small_vit, 48)
     assert folder.startswith(str(tmp_path / "kagglehub" / "models" / "keras" / "vit"))
     network = build("imagenet", model_name="vit", input_size=32)
-    assert network.weights["source"] == "imagenet"
-    assert network.weights["matched_layers"] == network.weights["backbone_layers"]
-    assert network.weights["sha256"] == imagenet.file_hash(os.path.join(folder, "model.weights.h5"))
+    assert network.provenance["source"] == "imagenet"
+    assert network.provenance["matched_layers"] == network.provenance["backbone_layers"]
+    assert network.provenance["sha256"] == imagenet.file_hash(os.path.join(folder, "model.weights.h5"))
     np.testing.assert_array_equal(
         network.model.get_layer("backbone").get_layer("vit_encoder").layer_norm.gamma,
         backbone.get_layer("vit_encoder").layer_norm.gamma,

@@ -22,7 +22,7 @@ def load_weights(network, cfg):
     from models import batchnorm
 
     batchnorm.MODES["batch"](network.model)
-    return replace(network, weights={"source": "none"}, bn_stats="batch")
+    return replace(network, provenance={"source": "none"}, bn_stats="batch")
 
 
 models.assemble, models.load_weights = assemble, load_weights

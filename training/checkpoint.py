@@ -123,7 +123,7 @@ def save_selection(run_folder, selection, result):
         selection: selection.Selection.
         result: train.Result. What the selection took.
     """
-    save(run_folder, 0, {"epoch": 0, "step": 0, "selection": selection.plain(), "result": record_of(result)})
+    save(run_folder, 0, {"epoch": 0, "step": 0, "selection": selection.to_record(), "result": record_of(result)})
 
 
 def _of_training(folder):
@@ -158,14 +158,14 @@ def _open(path):
 def record_of(result):
     """Returns a train.Result as a JSON-ready dict."""
     record = {field.name: getattr(result, field.name) for field in fields(result)}
-    return {**record, "later": [(epoch, selection.plain()) for epoch, selection in result.later]}
+    return {**record, "later": [(epoch, selection.to_record()) for epoch, selection in result.later]}
 
 
 def fill(result, record):
     """Puts what `record_of` returned back into a train.Result."""
     for name, value in record.items():
         setattr(result, name, value)
-    result.later = [(epoch, Selection.from_plain(plain)) for epoch, plain in record["later"]]
+    result.later = [(epoch, Selection.from_record(plain)) for epoch, plain in record["later"]]
 
 
 # ---------------------------------------------------------------- within a training
@@ -277,7 +277,7 @@ class Checkpointer(keras.callbacks.Callback):
         record = {
             "epoch": epoch,
             "step": step,
-            "selection": self.selection.plain(),
+            "selection": self.selection.to_record(),
             "best": self.best.best,
             "best_epoch": self.best.epoch,
             "checksums": self.checksums,
