@@ -210,7 +210,8 @@ def test_a_signal_during_the_selection_ends_it_with_a_summary(run, tmp_path, mon
 
 def test_the_second_sigint_ends_at_once_even_within_a_long_operation():
     code = """
-import hashlib, os, signal, threading, interruption
+import hashlib, os, signal, threading
+from core import signals
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with signals.handled():
     signals.hold()
