@@ -1,20 +1,23 @@
-"""The one frozen record of what a run was asked to do."""
+"""The settings of a run, in one frozen record."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every flag, resolved: defaults that hang on the data set or the scheme are filled in.
+    """Every flag, with its default resolved.
 
-    None means: not given, or (see `main.py`) not read by the chosen scheme.
+    None means that the flag was not given and has no default, or that the chosen
+    scheme does not read it. `rho` is also None if `memory_budget_mb` takes its place.
     """
 
     # Network
     model_name: str = "resnet50"
     weights: str = "auto"  # auto, imagenet, none, or a path
     input_size: int = 32  # pixels; images are square
-    num_classes: int | None = None  # checks the data, never sets the class count
+    num_classes: int | None = None  # compared with the data's class count
     bn_stats: str = "auto"  # auto, stored, batch
     dropout: float = 0.2
     # Data
@@ -22,7 +25,7 @@ class Config:
     data_dir: str | None = None
     image_dir: str | None = None
     skip_bad_images: bool = False
-    protocol: str = "validation"
+    protocol: str = "validation"  # validation, paper
     augment: bool = True
     limit_train: int | None = None  # images
     limit_test: int | None = None  # images
@@ -32,14 +35,16 @@ class Config:
     interval: int | None = None  # epochs
     timing: str | None = None  # measured, flops
     num_betti_batches: int | None = 4  # point clouds
-    betti_points: int | None = None  # images a cloud; None is the batch size
+    betti_points: int | None = None  # images per point cloud; None uses the batch size
     layers: str | None = None  # a regular expression, or @FILE
     exclude_layers: str | None = None  # a regular expression
     memory_budget_mb: float | None = None  # 10^6 bytes
     # Training
     batch_size: int = 32
-    optimizer: str = "sgd"
+    optimizer: str = "sgd"  # sgd, adam
     learning_rate: float = 1e-2
+    lr_schedule: str = "cosine"  # cosine, constant
+    momentum: float = 0.9  # of sgd
     weight_decay: float = 5e-3
     global_clipnorm: float = 1.0  # 0 is off
     num_epochs: int = 10

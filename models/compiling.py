@@ -6,20 +6,24 @@ from core import strategy
 
 
 def make_optimizer(cfg, total_steps):
-    """Returns the optimizer: cosine decay to 0, decoupled weight decay, clipped gradients."""
-    schedule = keras.optimizers.schedules.CosineDecay(cfg.learning_rate, decay_steps=total_steps)
+    """Returns the optimizer: `--lr_schedule`, decoupled weight decay, clipped gradients."""
     common = {
-        "learning_rate": schedule,
+        "learning_rate": SCHEDULES[cfg.lr_schedule](cfg.learning_rate, total_steps),
         "weight_decay": cfg.weight_decay or None,
         "global_clipnorm": cfg.global_clipnorm or None,
     }
-    optimizer = OPTIMIZERS[cfg.optimizer](common)
+    optimizer = OPTIMIZERS[cfg.optimizer](cfg, common)
     return optimizer if cfg.strategy == "none" else strategy.clip_the_sum(optimizer)
 
 
 OPTIMIZERS = {
-    "sgd": lambda common: keras.optimizers.SGD(momentum=0.9, **common),
-    "adam": lambda common: keras.optimizers.Adam(**common),
+    "sgd": lambda cfg, common: keras.optimizers.SGD(momentum=cfg.momentum, **common),
+    "adam": lambda cfg, common: keras.optimizers.Adam(**common),
+}
+
+SCHEDULES = {
+    "cosine": lambda rate, total_steps: keras.optimizers.schedules.CosineDecay(rate, decay_steps=total_steps),
+    "constant": lambda rate, total_steps: rate,
 }
 
 
