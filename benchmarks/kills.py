@@ -117,7 +117,7 @@ def kill_and_compare(settings, kills, seed, out, program=(str(ROOT / "main.py"),
         else:
             differences = compare(out / f"{name}_alone", folder)
         differing += bool(differences)
-        went_on = next((line for line in found.stderr.splitlines() if line.startswith("Goes on")), "started over")
+        went_on = next((line for line in found.stderr.splitlines() if line.startswith("Resuming")), "started over")
         print(f"{number + 1:3d} {name}, {phase}, {moment}: {went_on}; {'; '.join(differences) or 'equal'}", flush=True)
     return differing
 
@@ -171,7 +171,7 @@ def killed(command, folder, phase, lasts, rng):
 
 def last_step(folder):
     """Returns the step of the newest checkpoint, -1 where there is none."""
-    return max((int(path.name.removeprefix("step_")) for path in folder.glob("checkpoint/step_*")), default=-1)
+    return max((int(path.stem.removeprefix("step_")) for path in folder.glob("checkpoint/step_*.zip")), default=-1)
 
 
 def start(command):
