@@ -96,7 +96,7 @@ def without_doubled_flags(argv: Sequence[str]) -> list[str]:
     """Returns the arguments without flags that are directly followed by themselves, as in the published example."""
     return [
         word
-        for word, following in zip(argv, [*argv[1:], None], strict=True)
+        for word, following in zip(argv, [*argv[1:], None])
         if not (word.startswith("--") and word == following)
     ]
 

@@ -165,7 +165,7 @@ def test_run_folder_has_all_documented_files_and_keys(real_runs):
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert summary["train_s"] == pytest.approx(sum(float(row["seconds"]) for row in rows))
     assert float(rows[1]["learning_rate"]) == pytest.approx(0, abs=1e-9)
-    assert "trains" in (run / "log.txt").read_text().lower()
+    assert "layers train" in (run / "log.txt").read_text().lower()
 
     hours, accuracy = (folder / f"{run.name}.txt").read_text().split()
     assert float(hours) == summary["train_s"] / 3600 and float(accuracy) == summary["accuracy"]
@@ -291,7 +291,7 @@ def test_divergence_writes_summary_and_advice(tiny, tmp_path, capsys):
 
 def test_training_at_chance_is_reported(tiny, tmp_path, capsys):
     assert tiny("--learning_rate", "1e-9") == 0
-    assert "never left chance" in capsys.readouterr().err
+    assert "never exceeded chance" in capsys.readouterr().err
     assert run_of(tmp_path / "logs")[1]["summary.json"]["stayed_at_chance"] is True
 
 

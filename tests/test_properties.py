@@ -264,7 +264,7 @@ def test_any_arguments_give_a_config_or_one_line(argv):
         assert str(error)
     except SystemExit as stop:
         if stop.code == 0:
-            assert {"-h", "--help"} & {word.partition("=")[0] for word in argv} or any(
+            assert {"-h", "--help", "--version"} & {word.partition("=")[0] for word in argv} or any(
                 word.startswith("-h") for word in argv
             )
         else:
