@@ -139,7 +139,9 @@ def load(cfg: Config, is_new: bool):
     with strategy.scope(devices):
         network = models.assemble(cfg, images.num_classes)
     if is_new:
-        SCHEMES[cfg.train_type].check(network, cfg, images.split_sizes["train"])
+        scheme = SCHEMES[cfg.train_type]
+        scheme.measure(network, cfg, images.split_sizes["train"])
+        scheme.check(network, cfg, images.split_sizes["train"])
     with strategy.scope(devices):
         network = models.load_weights(network, cfg)
     if is_new and cfg.memory_budget_mb is not None:

@@ -131,6 +131,7 @@ def select(network, cfg):
         digits = data.load(replace(cfg, dataset_name="digits", num_classes=None, image_dir=None))
         return digits.selection_batches(points, count)
 
+    scheme.measure(network, cfg, cfg.batch_size)
     scheme.check(network, cfg, cfg.batch_size)
     return scheme.select(network, batches, cfg)
 

@@ -95,9 +95,7 @@ def _folder_to_resume(args) -> Path:
 def without_doubled_flags(argv: Sequence[str]) -> list[str]:
     """Returns the arguments without flags that are directly followed by themselves, as in the published example."""
     return [
-        word
-        for word, following in zip(argv, [*argv[1:], None])
-        if not (word.startswith("--") and word == following)
+        word for word, following in zip(argv, [*argv[1:], None]) if not (word.startswith("--") and word == following)
     ]
 
 

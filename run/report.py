@@ -17,6 +17,7 @@ from core.environment import device_facts
 from core.errors import UsageError
 from memory.measure import peak_rss_bytes
 from run.folder import RunFolder, fingerprint, library_versions
+from selection import SUMMARY_FACTS
 from selection.ranking import Selection
 from training.result import Result
 
@@ -24,9 +25,6 @@ log = logging.getLogger("adabet")
 
 # Probability that guessing passes for learning.
 _BY_CHANCE = 1e-3
-
-# What single schemes add to summary.json; null for the others.
-SCHEME_FACTS = ("rho_achieved_predicted", "rho_achieved_measured", "channels", "channels_pruned", "flops_remaining")
 
 
 @dataclass
@@ -205,7 +203,7 @@ def summary_record(run: Progress) -> dict:
             convention.megabytes(run.network, selection.trained_weights) if selection else None
         ),
         **trained_facts(run.network, selection),
-        **dict.fromkeys(SCHEME_FACTS),
+        **dict.fromkeys(SUMMARY_FACTS),  # those of other schemes are null
         **result.facts,
         "memory_budget_mb": cfg.memory_budget_mb,
         "budget_next_layer": result.budget_next_layer,

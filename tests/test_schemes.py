@@ -18,6 +18,7 @@ from memory.measure import Peak
 from models import batchnorm, channels
 from models.layers import watching
 from selection import SCHEMES, elastic, elastic_budget, elastic_timing, fisher, prunetrain
+from selection.fisher import _mean_of_squares, _sum_over_channels
 from selection.ranking import select_layers
 
 NORMS_AND_BIASES = {"stem/bias", "branch/bias", "branch_bn/gamma", "branch_bn/beta", "deep/bias", "deep_bn/gamma",
@@ -29,6 +30,12 @@ def tiny_network(bn_stats="stored", seed=0):
     network = network_of(tiny_model(), bn_stats)
     batchnorm.calibrate(network.model, digits_images(64, 16)[0])
     batchnorm.MODES[bn_stats](network.model)
+    return network
+
+
+def calibrated_mobilenet():
+    network = backbone_network("mobilenetv2")
+    batchnorm.calibrate(network.model, digits_images(64, 32)[0])
     return network
 
 
@@ -136,6 +143,7 @@ def test_schemes_with_a_rho_select_as_many_layers():
         "act_norm_betti_train",
         "betti_train",
         "fisher",
+        "fisher_channels",
         "random_layers",
         "last_layers",
         "smallest_activations",
@@ -221,15 +229,13 @@ def _first_is_best(on_epoch_end):
 # ---------------------------------------------------------------- Fisher
 
 
-@pytest.mark.parametrize("make", [tiny_network, small_vit_network])
+@pytest.mark.parametrize("make", [tiny_network, small_vit_network, calibrated_mobilenet])
 def test_fisher_equals_a_slow_reference(make):
     """One image at a time, eagerly, summed by hand."""
     network = make()
     images, labels = digits_images(6, network.model.input_shape[1])
     batches = [(tf.constant(images[:3]), tf.constant(labels[:3])), (tf.constant(images[3:]), tf.constant(labels[3:]))]
-    scores = fisher.information(network, batches, 2)
-
-    expected = np.zeros((6, len(network.candidates)))
+    expected = {reduce: np.zeros((6, len(network.candidates))) for reduce in (_mean_of_squares, _sum_over_channels)}
     for n in range(6):
         outputs = {}
         with tf.GradientTape() as tape:
@@ -242,8 +248,11 @@ def test_fisher_equals_a_slow_reference(make):
             product = outputs[path].numpy()[0].astype(np.float64) * error.numpy()[0]
             last = 2 if path.endswith(("query", "key", "value")) else 1
             per_channel = product.reshape(-1, *product.shape[product.ndim - last :]).sum(axis=0)
-            expected[n, i] = 0.5 * (per_channel**2).sum()
-    np.testing.assert_allclose(scores, expected.reshape(2, 3, -1).mean(axis=1), rtol=2e-3, atol=1e-12)
+            expected[_mean_of_squares][n, i] = 0.5 * (product**2).mean()
+            expected[_sum_over_channels][n, i] = 0.5 * (per_channel**2).sum()
+    for reduce, reference in expected.items():
+        scores = fisher.information(network, batches, 2, reduce)
+        np.testing.assert_allclose(scores, reference.reshape(2, 3, -1).mean(axis=1), rtol=2e-3, atol=1e-12)
 
 
 def test_fisher_names_a_layer_that_is_not_finite():
@@ -459,11 +468,7 @@ def test_the_penalty_starts_as_its_share_and_stays_out_of_held_out_losses(tmp_pa
     network, data = tiny_network(), Images()
     images, labels = data.images[:16], data.labels[:16]
     chosen = prunetrain.prunetrain(network, data.selection_batches, config_of("prunetrain"))
-    assert "head/kernel" not in chosen.penalties and set(chosen.penalties) == {
-        "stem/kernel",
-        "branch/kernel",
-        "deep/kernel",
-    }
+    assert set(chosen.penalties) == {"stem/kernel", "branch/kernel", "deep/kernel", "head/kernel"}
     weights = {weight.path: weight for weight in network.trainable_weights}
     penalty = sum(float(chosen.penalties[path](weights[path])) for path in chosen.penalties)
     logits = network.model(images, training=False)
@@ -481,6 +486,26 @@ def test_the_penalty_starts_as_its_share_and_stays_out_of_held_out_losses(tmp_pa
     assert row["train_loss"] > row["val_loss"] + penalty / 2
 
 
+def test_strong_penalty_prunes_channels_that_stay_zero(tmp_path, monkeypatch, segments):
+    network, data = tiny_network(), Images()
+    monkeypatch.setattr(prunetrain, "PENALTY_SHARE", 0.95)
+    flags = {"num_epochs": 24, "learning_rate": 0.05, "global_clipnorm": 0, "momentum": 0.0}
+    cfg = config_of("prunetrain", **flags)
+    chosen = prunetrain.prunetrain(network, data.selection_batches, cfg)
+    folder, result = Folder(tmp_path), train.Result()
+    monkeypatch.setattr(train.BestEpoch, "restore", lambda self: None)  # the last epoch's weights
+    train.fine_tune(network, chosen, data, cfg, folder, result)
+    last = folder.files["selection.json"]["reselected"][-1]
+    assert sum(last["pruned_channels"].values()) == result.facts["channels_pruned"] > 0
+    assert sum(last["pruned_inputs"].values()) > 0 and result.facts["flops_remaining"] < 1
+    for path, count in last["pruned_channels"].items():
+        assert (network.model.get_layer(path).kernel.numpy() == 0).all(axis=(0, 1, 2)).sum() == count
+    for path, count in last["pruned_inputs"].items():
+        kernel = network.model.get_layer(path).kernel.numpy()
+        others = tuple(axis for axis in range(kernel.ndim) if axis != kernel.ndim - 2)
+        assert (kernel == 0).all(axis=others).sum() >= count
+
+
 def test_channels_of_depthwise_convolutions_and_attention():
     network = backbone_network("mobilenetv2")
     norms = channels.following_norms(network.model)
@@ -488,16 +513,21 @@ def test_channels_of_depthwise_convolutions_and_attention():
     assert len(kernels) == 53 and {c.path for c in kernels} - set(norms) == {"head"}
     assert channels.output_axes(network.model.get_layer("expanded_conv_depthwise")) == (2, 3)
     groups = prunetrain.channel_groups(network, {w.path for w in network.trainable_weights})
-    assert (
-        all(group.largest.size == channels.num_channels(group.candidate.layer) for group in groups)
-        and len(groups) == 52
-    )
+    outputs = [group for group in groups if group.is_output]
+    assert all(group.largest.size == channels.num_channels(group.candidate.layer) for group in outputs)
+    # 35 convolutions that are not depthwise; the head has inputs only, the first convolution outputs only.
+    assert len(outputs) == 35 and len(groups) - len(outputs) == 35
+    assert not any("depthwise" in group.path for group in groups)
+    first, last = groups[0], groups[-1]
+    assert (first.path, first.axes, last.path, last.axes) == ("Conv1", (3,), "head", (0,)) and not last.is_output
 
     vit = small_vit_network()
     by_name = {c.path.rsplit("/", 1)[-1]: c.layer for c in vit.candidates}
     assert [len(channels.output_axes(by_name[name])) for name in ("query", "attention_output", "head")] == [2, 1, 1]
     groups = prunetrain.channel_groups(vit, {w.path for w in vit.trainable_weights})
-    assert all(group.largest.size == channels.num_channels(group.candidate.layer) for group in groups)
+    assert all(g.largest.size == channels.num_channels(g.candidate.layer) for g in groups if g.is_output)
+    axes = {g.path.rsplit("/", 1)[-1]: g.axes for g in groups if not g.is_output}
+    assert axes["query"] == (0,) and axes["attention_output"] == (0, 1)
 
 
 def test_flops_of_a_known_network():
