@@ -145,7 +145,7 @@ def load(cfg: Config, is_new: bool):
     with strategy.scope(devices):
         network = models.load_weights(network, cfg)
     if is_new and cfg.memory_budget_mb is not None:
-        budget.check(network, cfg, images.batch_size)
+        budget.check(cfg, budget.head_peak_bytes(network, cfg, images.batch_size))
     return images, network
 
 

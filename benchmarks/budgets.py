@@ -16,8 +16,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from core.units import MB
+
 MODELS = ("resnet50", "vgg16", "mobilenetv2", "vit")
-MB = 10**6
 TOLERANCE = 1.05
 
 
@@ -51,7 +54,8 @@ def main(argv=None):
                 following += f" {summary['budget_next_bytes_estimated'] / MB:.1f}"
             print(
                 f"{model:<12} {budget:>8.1f} {summary['peak_memory_bytes_estimated'] / MB:>9.1f} "
-                f"{summary['peak_memory_bytes_measured'] / MB:>8.1f}  {ratio:.3f}  {summary['num_trained_layers']:>6}  {following}",
+                f"{summary['peak_memory_bytes_measured'] / MB:>8.1f}  {ratio:.3f}  {summary['num_trained_layers']:>6}  "
+                f"{following}",
                 flush=True,
             )
     return int(missed > 0)
@@ -61,7 +65,8 @@ def estimate(args, model, scheme):
     """Returns the estimated peak of a scheme's training step, in bytes."""
     done = subprocess.run(
         [
-            sys.executable, str(ROOT / "memory_utils.py"), "--model_name", model, "--train_type", scheme, "--num_classes", "10",
+            sys.executable, str(ROOT / "memory_utils.py"), "--model_name", model, "--train_type", scheme,
+            "--num_classes", "10",
             "--batch_size", str(args.batch_size), "--input_size", str(args.input_size), "--weights", "none", "--json",
         ],
         capture_output=True, text=True, check=True,
@@ -75,8 +80,9 @@ def train(args, model, budget):
     summary = Path(args.log_dir).resolve() / name / "summary.json"
     if not summary.exists():
         command = [
-            sys.executable, str(ROOT / "main.py"), "--model_name", model, "--dataset_name", "digits", "--weights", "none",
-            "--memory_budget_mb", f"{budget:g}", "--batch_size", str(args.batch_size), "--input_size", str(args.input_size),
+            sys.executable, str(ROOT / "main.py"), "--model_name", model, "--dataset_name", "digits",
+            "--weights", "none", "--memory_budget_mb", f"{budget:g}", "--batch_size", str(args.batch_size),
+            "--input_size", str(args.input_size),
             "--num_epochs", "1", "--limit_train", "48", "--limit_test", "8", "--log_dir", str(summary.parent.parent),
             "--run_name", name, *args.more,
         ]  # fmt: skip

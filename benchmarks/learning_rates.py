@@ -22,8 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from core import environment  # noqa: E402, F401  before TensorFlow, as in every entry point
-from selection import SCHEMES  # noqa: E402
+from core import environment  # noqa: F401  before TensorFlow, as in every entry point
+from selection import SCHEMES
 
 RATES = ("1e-3", "3e-3", "1e-2", "3e-2")
 

@@ -17,11 +17,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from core.units import MB
+
 MODELS = ("resnet50", "vgg16", "mobilenetv2", "vit")
 SCHEMES = ("full_training", "act_norm_betti_train", "traditional_tl_training")
 BATCH_SIZES = (8, 32)
 OPTIMIZERS = ("sgd", "adam")
-MB = 10**6
 
 
 def main(argv=None):

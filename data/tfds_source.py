@@ -225,7 +225,7 @@ def _missing(builder):
 
 
 def files_to_fetch(cfg):
-    """Returns [(url, pathlib.Path)]: what is still to be downloaded, and where TFDS takes each file put there by hand."""
+    """Returns [(url, path)] of the files that are still to be downloaded, and where TFDS looks for each."""
     builder = find_builder(cfg)
     if builder.is_prepared():
         return []

@@ -93,7 +93,7 @@ def _imagenet(backbone, cfg):
         with weight_files.open_layers(path) as stored:
             return _assign(backbone, stored, "imagenet", path)
     except UsageError as error:
-        raise imagenet.Unavailable(f"{path} is damaged, delete it: {error.__cause__ or error}")
+        raise imagenet.Unavailable(f"{path} is damaged, delete it: {error.__cause__ or error}") from error
 
 
 def _assign(backbone, stored, source, path):

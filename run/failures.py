@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 from core import environment, signals
 from core.errors import RunError
+from core.units import MB
 from run.report import Progress, summary_record
 from selection import SCHEMES
 
 log = logging.getLogger("adabet")
-
-MB = 10**6
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 from core.config import Config
 from core.environment import device_facts
 from core.errors import UsageError
+from core.units import MB
 from memory.measure import peak_rss_bytes
 from run.folder import RunFolder, fingerprint, library_versions
 from selection import SUMMARY_FACTS
@@ -284,7 +285,7 @@ def console_block(summary: dict) -> str:
         ("Time (h)", _number(summary["train_s"], 6, 3600)),
         ("Time per epoch (s)", _number(summary["epoch_s"], 3)),
         ("Selection Time (s)", _number(summary["selection_s"], 3)),
-        ("Memory (MB)", _number(summary["peak_memory_bytes_measured"], 1, 10**6)),
+        ("Memory (MB)", _number(summary["peak_memory_bytes_measured"], 1, MB)),
         ("rho", summary["rho"]),
     ]
     rule = "=" * 50

@@ -10,13 +10,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from core.config import Config  # noqa: E402
-from core.errors import UsageError  # noqa: E402
-from data import DATASETS  # noqa: E402
-from models import BACKBONES  # noqa: E402
-from run import flags  # noqa: E402
-from run.folder import decisive  # noqa: E402
-from selection import SCHEMES, SELECTION_FLAGS  # noqa: E402
+from core.config import Config
+from core.errors import UsageError
+from data import DATASETS
+from models import BACKBONES
+from run import flags
+from run.folder import decisive
+from selection import SCHEMES, SELECTION_FLAGS
 
 _FILES = ("config.json", "summary.json", "selection.json", "metrics.csv", "log.txt")
 

@@ -35,14 +35,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from core.config import Config  # noqa: E402
-from core.errors import UsageError  # noqa: E402
-from core.files import write_whole  # noqa: E402
-from data import DATASETS  # noqa: E402
-from models import BACKBONES  # noqa: E402
-from run import flags  # noqa: E402
-from run.folder import decisive, differing_flags, finished_summary, recorded  # noqa: E402
-from selection import ALIASES, SCHEMES  # noqa: E402
+from core.config import Config
+from core.errors import UsageError
+from core.files import write_whole
+from data import DATASETS
+from models import BACKBONES
+from run import flags
+from run.folder import decisive, differing_flags, finished_summary, recorded
+from selection import ALIASES, SCHEMES
 
 ADABET_AND_BASELINES = (
     "act_norm_betti_train", "full_training", "traditional_tl_training", "bn_plus_bias_training", "fisher",

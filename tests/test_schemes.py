@@ -179,7 +179,7 @@ def test_asking_again_for_the_same_changes_no_bit(tmp_path):
             cfg = config_of("listed_layers", interval=interval, optimizer=optimizer, learning_rate=1e-3)
             chosen = select_layers(network, {"branch", "deep_bn"})
             if interval < 2:
-                again = lambda epoch, chosen=chosen: dataclasses.replace(chosen, reselect=again)  # noqa: B023
+                again = lambda epoch, chosen=chosen: dataclasses.replace(chosen, reselect=again)
                 chosen = again(0)
             folder = Folder(tmp_path)
             train.fine_tune(network, chosen, data, cfg, folder, train.Result())

@@ -122,7 +122,7 @@ def test_keras_fit_fails_under_multi_worker_mirrored():
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": path},
-        )  # fmt: skip
+        )
         for index in range(2)
     ]
     try:
