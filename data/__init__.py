@@ -81,7 +81,12 @@ _OTHER = Dataset("any other TFDS set with an image and a label")
 _TFDS_NAME = re.compile(r"(?P<base>[A-Za-z]\w*)(?P<rest>(/[\w.+-]+)?(:[\d.*]+)?)")
 
 
-def dataset_row(name):
+def path_name(name: str) -> str:
+    """Returns a data set's name in a form that can be part of a file name."""
+    return name.replace("/", "-").replace(":", "-")
+
+
+def dataset_row(name: str) -> Dataset:
     """Returns the `Dataset` row of a data set's name.
 
     Args:

@@ -21,6 +21,7 @@ from pathlib import Path
 from core.config import Config
 from core.errors import RunError, UsageError
 from core.files import CHECKPOINTS, PARTIAL, write_whole
+from data import path_name
 
 log = logging.getLogger("adabet")
 
@@ -274,7 +275,7 @@ def _candidate_paths(cfg, log_dir):
     if cfg.run_name is not None:
         yield log_dir / cfg.run_name
         return
-    parts = [cfg.model_name, cfg.dataset_name.replace("/", "-").replace(":", "-"), cfg.train_type]
+    parts = [cfg.model_name, path_name(cfg.dataset_name), cfg.train_type]
     if cfg.rho is not None:
         parts.append(f"rho{cfg.rho:g}")
     name = "_".join([*parts, f"seed{cfg.seed}"])

@@ -41,8 +41,8 @@ ADABET, FULL = Config.train_type, "full_training"
 MB = 1e6  # bytes
 
 plt.rcParams.update({
-    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.color": "#E3E3E3",
-    "figure.dpi": 150, "savefig.bbox": "tight", "legend.frameon": False, "pdf.fonttype": 42,
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "grid.color": "#E3E3E3", "figure.dpi": 150, "savefig.bbox": "tight", "legend.frameon": False, "pdf.fonttype": 42,
 })  # fmt: skip
 
 

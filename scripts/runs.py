@@ -10,6 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from sweeping.board import read_failures
+
 from core.config import Config
 from core.errors import UsageError
 from data import DATASETS
@@ -109,10 +111,10 @@ def _json(path):
 
 
 def _failed_without_a_folder(log_dir):
-    """Returns the runs of a sweep's failures.json that never came to a folder."""
+    """Returns the runs of a sweep that failed before they had a folder."""
     failed = []
     log = logging.getLogger("adabet")
-    for name, failure in (_json(log_dir / "sweep" / "failures.json") or {}).items():
+    for name, failure in read_failures(log_dir).items():
         if (log_dir / name).exists():
             continue
         level = log.level
@@ -180,7 +182,10 @@ def labelled(runs):
         # What failed without a folder never saw its weights: it differs from nothing in them.
         known = [run for run in members if run.config.get("weights_provenance")]
         flags_in_name = sorted({
-            name for pair in pairs if (of_pair := [run for run in known if run.pair == pair]) for name in varying(of_pair)
+            name
+            for pair in pairs
+            if (of_pair := [run for run in known if run.pair == pair])
+            for name in varying(of_pair)
         })  # fmt: skip
         for run in members:
             found = settings(run)

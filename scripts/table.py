@@ -4,8 +4,8 @@
     python scripts/table.py logs more_logs --out docs/results
 
 Accuracy is the mean +- the sample standard deviation over seeds, the best of a
-row in bold; beside it measured peak memory, time per epoch and selection time.
-`--out` writes table.csv (a line a cell, tidy), table.md and table.tex.
+row in bold; beside it are measured peak memory, time per epoch and selection time.
+`--out` writes table.csv (one line per cell), table.md and table.tex.
 """
 
 import argparse
@@ -47,15 +47,15 @@ class Cell:
     """The runs of one network, data set and column.
 
     Attributes:
-        runs: list of Run. Finished, one a seed.
-        lacking: str. What there is to say of runs that lack; empty if none does.
+        runs: list of Run. The finished runs, one per seed.
+        lacking: str. A note on missing runs; empty if none is missing.
     """
 
     runs: list
     lacking: str
 
     def mean(self, metric):
-        """Returns the mean over seeds, None without a value."""
+        """Returns the mean over seeds, or None without a value."""
         values = self._values(metric)
         return statistics.fmean(values) if values else None
 
@@ -230,10 +230,12 @@ def _lacking(here, by_seed, seeds):
 
 
 def _about(found, seeds):
-    """Returns what all of the table rests on."""
+    """Returns notes on the runs behind the table."""
     done = [run for run in found if run.status == "done"]
-    notes = [f"{len(done)} finished runs; seeds {', '.join(map(str, sorted(seeds)))}. Accuracy is that on the test split; "
-             "with several seeds mean and sample standard deviation, the best of a row in bold."]  # fmt: skip
+    notes = [
+        f"{len(done)} finished runs; seeds {', '.join(map(str, sorted(seeds)))}. Accuracy is that on the test split, with "
+        "several seeds as mean and sample standard deviation; the best of a row is bold."
+    ]
     values = {
         key: sorted({str(run.summary.get(key)) for run in done}) for key in ("protocol", "weights", "memory_device")
     }
@@ -241,13 +243,17 @@ def _about(found, seeds):
         weights = [{"none": "none (random)"}.get(name, name) for name in values["weights"]]
         notes.append(f"Protocol: {', '.join(values['protocol'])}. Pretrained weights: {', '.join(weights)}. "
                      f"Memory measured on: {', '.join(values['memory_device'])}.")  # fmt: skip
+    pruned = [run.summary for run in done if run.summary.get("channels_pruned") is not None]
+    if pruned:
+        shares = ", ".join(f"{summary['channels_pruned']} of {summary['channels']}" for summary in pruned)
+        notes.append(f"Channels pruned by prunetrain: {shares}. The masked network is neither smaller nor faster.")
     unfinished = [run for run in found if run.status != "done"]
     notes += [f"Not finished ({run.status}): {run.folder}" for run in unfinished]
     return notes
 
 
 def _unlike(found):
-    """Returns a note for each row whose columns differ in more than the scheme."""
+    """Returns a note for each row whose columns differ by more than the scheme."""
     notes = []
     done = [run for run in found if run.status == "done"]
     for pair in dict.fromkeys(run.pair for run in done):

@@ -141,7 +141,7 @@ def test_broken_and_foreign_folders(logs, capsys):
 def test_what_failed_before_it_had_a_folder_is_in_the_table(logs, capsys):
     arguments = ["--model_name", "mobilenetv2", "--dataset_name", "stanford_dogs", "--train_type", "full_training"]
     (logs / "sweep").mkdir()
-    (logs / "sweep" / "failures.json").write_text(json.dumps({"lost": {"arguments": arguments}}))
+    (logs / "sweep" / "lost.json").write_text(json.dumps({"arguments": arguments}))
     assert table.main([str(logs)]) == 0
     *_, row, _ = rows_of(capsys, "Accuracy (%)")
     assert row == ["mobilenetv2", "stanford_dogs", "no run", "no result: 1 failed"]
