@@ -233,8 +233,8 @@ def _about(found, seeds):
     """Returns notes on the runs behind the table."""
     done = [run for run in found if run.status == "done"]
     notes = [
-        f"{len(done)} finished runs; seeds {', '.join(map(str, sorted(seeds)))}. Accuracy is that on the test split, with "
-        "several seeds as mean and sample standard deviation; the best of a row is bold."
+        f"{len(done)} finished runs; seeds {', '.join(map(str, sorted(seeds)))}. Accuracy is that on the test split, "
+        "with several seeds as mean and sample standard deviation; the best of a row is bold."
     ]
     values = {
         key: sorted({str(run.summary.get(key)) for run in done}) for key in ("protocol", "weights", "memory_device")
