@@ -4,7 +4,7 @@
 
 fine-tunes a pretrained MobileNetV2 on digits at 96 pixels, once for every scheme
 and rate, and prints the best validation accuracy of each and the rate that won.
-The test split isn't looked at by the choice. Every training is a `main.py` of its
+The test split is not looked at by the choice. Every training is a `main.py` of its
 own, in a process of its own; what --log_dir has already is not run again.
 
     --schemes fisher prunetrain   --rates 1e-3 1e-2   --seeds 0 1   -- --num_epochs 10
@@ -59,7 +59,7 @@ def make_parser():
 
 
 def run(args, scheme, rate, seed):
-    """Trains once, if that isn't done yet.
+    """Trains once, if that is not done yet.
 
     Returns:
         float, the best validation accuracy in percent; None where the run failed or diverged.

@@ -8,7 +8,7 @@ measures, turn by turn in one process, on real images (digits, enlarged):
 (b) our selection: forward passes that leave each layer's distances, then Betti numbers;
 (c) collecting: a Keras extractor predicts every layer's activation, each is
     flattened, distances between the points, ripser; what is published, but on
-    the true graph. Not for vit, whose layers an extractor doesn't reach.
+    the true graph. Not for vit, whose layers an extractor does not reach.
 
 It prints medians, and their ratios. "Cold" is all batches with a newly traced
 function. Peaks are the allocator's, weights included. What (c) saves is told in
@@ -49,7 +49,7 @@ def main(argv=None):
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--bn_stats", default="stored", choices=("stored", "batch"),
-        help="what batch normalisation runs on, on all roads; (c) knows the stored ones alone (default: stored)",
+        help="what batch normalization runs on, on all roads; (c) knows the stored ones alone (default: stored)",
     )  # fmt: skip
     parser.add_argument(
         "--collect", action=argparse.BooleanOptionalAction, default=True, help="measure (c) too (default: yes)"
@@ -159,7 +159,7 @@ def steady_roads(network, images, args):
 
 
 def inference(network):
-    """Returns a function, not traced yet, from images to logits by the network's policy of batch normalisation."""
+    """Returns a function, not traced yet, from images to logits by the network's policy of batch normalization."""
     import tensorflow as tf
 
     from models.batchnorm import statistics_kept

@@ -1,10 +1,10 @@
 """The process's environment. Every entry point imports this before TensorFlow.
 
 Importing it sets environment variables only (a user's own values win), so it
-costs nothing and works wherever TensorFlow hasn't been imported yet:
+costs nothing and works wherever TensorFlow has not been imported yet:
 
 * ``TF_CPU_ALLOCATOR_USE_BFC`` gives the CPU the counting allocator that a GPU
-  has; without it the peak memory of a CPU can't be read at all.
+  has. Without it the peak memory of a CPU cannot be read.
 * ``TF_CPP_MIN_LOG_LEVEL`` and ``GRPC_VERBOSITY`` keep the start-up notes of the
   native libraries out of logs.
 * ``TF_ENABLE_ONEDNN_OPTS`` switches oneDNN on. On x86 CPUs without AVX512-VNNI,

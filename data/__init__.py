@@ -21,12 +21,12 @@ class Dataset:
         input_size: int. Default side of the square input, in pixels.
         num_epochs: int. Default number of training epochs.
         train, validation, test: str. Names of the splits; a name that the set
-            doesn't have is a split that it doesn't have.
+            does not have is a split that it does not have.
         flip: bool. Whether training mirrors images at random.
         rotation: float. Training turns an image by up to this fraction of a full
             turn, either way.
         needs: tuple of (module, package) pairs that TFDS needs to prepare this set
-            and doesn't install itself.
+            and does not install itself.
     """
 
     help: str
@@ -106,7 +106,7 @@ def tfds_name(name):
         name: str. As `--dataset_name` takes it, but not `image_folder`.
 
     Raises:
-        UsageError: `name` is no possible TFDS name.
+        UsageError: if `name` is no possible TFDS name.
     """
     match = _TFDS_NAME.fullmatch(name)
     if not match or match["base"] == "image_folder":  # which has neither config nor version
@@ -119,7 +119,7 @@ def tfds_name(name):
 
 
 def unknown_name(name, more_names=()):
-    """Returns the UsageError for a data set that isn't there, with the closest names.
+    """Returns the UsageError for a data set that is not there, with the closest names.
 
     Args:
         name: str. As received.
@@ -147,7 +147,7 @@ def prepare(cfg):
 
     Raises:
         UsageError: wrong name, flags, or folder; class count that contradicts the data.
-        RunError: the data can't be had.
+        RunError: if the data are unavailable.
     """
     _check_flags(cfg)
     if cfg.dataset_name == "image_folder":
@@ -180,7 +180,7 @@ def load(cfg):
 
     Raises:
         UsageError: wrong name, flags, or folder; bad image files; class count that contradicts the data.
-        RunError: the data can't be had.
+        RunError: if the data are unavailable.
     """
     source = prepare(cfg)
     from data import pipeline

@@ -34,8 +34,8 @@ def open_source(cfg):
         `Source`.
 
     Raises:
-        UsageError: no such folder, or one that can't be read, fewer than two classes, a
-            class without images, a name that is no Unicode, a test class that isn't
+        UsageError: if no such folder, or one that cannot be read, fewer than two classes, a
+            class without images, a name that is no Unicode, a test class that is not
             trained, or a contradicting `num_classes`.
     """
     root = Path(cfg.image_dir).expanduser()
@@ -134,7 +134,7 @@ def _index(split_root, class_names, may_lack_classes):
 def _folders(root):
     names = sorted(entry.name for entry in _entries(root) if entry.is_dir() and not entry.name.startswith("."))
     for name in names:
-        if name != printable(name):  # it couldn't be written into the run folder
+        if name != printable(name):  # it could not be written into the run folder
             raise _error("must have class folders with Unicode names", printable(str(root / name)), "rename it")
     return names
 

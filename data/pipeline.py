@@ -39,7 +39,7 @@ class Data:
         majority_share: float. Share of the commonest class in the training images:
             the accuracy of one who always guesses it.
         skipped_images: list of {"path": str, "reason": str}, the files that
-            `--skip_bad_images` left out; None for a set that isn't made of files.
+            `--skip_bad_images` left out; None for a set that is not made of files.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Data:
     def train_batches(self, first_epoch, num_epochs, first_step=0):
         """Returns the training batches of the epochs `first_epoch` to `num_epochs` - 1.
 
-        Every epoch shuffles anew and drops its last, partial batch: all batches have
+        Every epoch shuffles again and drops its last, partial batch: all batches have
         one shape, and over the epochs every image is seen.
 
         Args:
@@ -131,7 +131,7 @@ class Data:
 
         Returns:
             tf.data.Dataset of known length: as many full batches, up to `count`, as
-            different training images suffice for; one batch of all where they don't
+            different training images suffice for; one batch of all where they do not
             suffice for one. The same batches at every call.
         """
         split, positions = self._parts["train"]
@@ -207,7 +207,7 @@ def make(source, row, cfg):
             `batch_size`, `augment`, `seed` and `skip_bad_images`.
 
     Raises:
-        UsageError: no train split, too few images to split, or bad image files.
+        UsageError: if no train split, too few images to split, or bad image files.
     """
     parts = splits.assign(source.labels, (row.train, row.validation, row.test), cfg)
     parts, skipped_images = image_files.without_bad_images(source, parts, cfg)

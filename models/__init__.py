@@ -1,8 +1,10 @@
 """Networks: a backbone, its preprocessing, pretrained weights, and a new head.
 
-The tables here import neither TensorFlow nor Keras, so that flags can be
-checked, and `--help` printed, without waiting for them.
+The tables import neither TensorFlow nor Keras, so that flags are checked and `--help` is
+printed without them.
 """
+
+from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
@@ -15,13 +17,13 @@ from core.errors import RunError, UsageError
 class Imagenet:
     """Where a backbone's ImageNet weights come from.
 
-    A `url` is a legacy .h5 file without top, kept in Keras's cache; `{size}` in
-    it is one of `sizes`. A `preset` is fetched by keras-hub into kagglehub's.
+    A `url` is a legacy .h5 file without top, kept in Keras' cache; `{size}` in it is one
+    of `sizes`. keras-hub downloads a `preset` to the cache of kagglehub.
     """
 
-    url: str  # the file, or the host that has to answer for the preset
-    md5: str | None = None  # None where Keras publishes none
-    sizes: tuple[int, ...] = ()  # pixels that have a file of their own; others take the last
+    url: str  # the file, or the host of the preset
+    md5: str | None = None  # None if Keras publishes none
+    sizes: tuple[int, ...] = ()  # input sizes with a file of their own; others use the last
     preset: str | None = None
 
 
@@ -83,29 +85,29 @@ BACKBONES = {
     ),
 }
 
-# Values of --weights that are no path.
+# Values of --weights that are not a path.
 WEIGHTS_KEYWORDS = ("auto", "imagenet", "none")
 WEIGHTS_EXTENSIONS = (".keras", ".weights.h5", ".h5")
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network and what the rest of the program needs to know of it.
+    """A network with its candidate layers and weights.
 
     Attributes:
         model: keras.Model. Raw RGB images, float32 in 0..255, of shape
             (B, S, S, 3) to logits, float32 (B, num_classes).
-        head: keras.layers.Dense. The new layer, named ``head``.
-        candidates: list of models.layers.Candidate. The layers that can be
-            chosen, in forward order, the head among them.
-        trainable_weights: list of keras.Variable. All weights that can train,
-            those of no candidate too; their paths are unique.
-        backbone: keras.Model. The network without preprocessing and head, on
-            the same layers.
+        head: keras.layers.Dense. The new layer, named `head`.
+        candidates: list of models.layers.Candidate. The layers that can be selected, in
+            forward order, the head included.
+        trainable_weights: list of keras.Variable. All weights that can train, those of
+            no candidate included. Their paths are unique.
+        backbone: keras.Model. The network without preprocessing and head, with the same
+            layers.
         provenance: dict. Where the weights come from, JSON-ready: `source` (imagenet, file, none),
             `path`, `sha256`, `matched_layers`, `backbone_layers`, `note`.
-        bn_stats: str or None. ``stored``, ``batch``, or None where the network
-            has no batch normalisation.
+        bn_stats: str or None. `stored`, `batch`, or None if the network has no batch
+            normalization.
     """
 
     model: Any
@@ -118,7 +120,7 @@ class Network:
 
 
 def check_input_size(model_name, input_size):
-    """Raises UsageError where `model_name` can't take images of `input_size` pixels."""
+    """Raises UsageError if `model_name` cannot process images of `input_size` pixels."""
     row = BACKBONES[model_name]
     if input_size >= row.min_size and input_size % row.size_multiple == 0:
         return
@@ -127,7 +129,7 @@ def check_input_size(model_name, input_size):
         rule += f" and a multiple of {row.size_multiple}"
     nearest = max(row.min_size, round(input_size / row.size_multiple) * row.size_multiple)
     raise UsageError(
-        f"--input_size must be {rule} for {model_name}; received {input_size}; the nearest that works is {nearest}"
+        f"--input_size must be {rule} for {model_name}. Received: {input_size}; the nearest valid size is {nearest}."
     )
 
 
@@ -168,7 +170,7 @@ def assemble(cfg, num_classes):
         A Network whose `weights` and `bn_stats` are still None.
 
     Raises:
-        errors.UsageError: a size the backbone can't take.
+        errors.UsageError: if a size the backbone cannot take.
     """
     check_input_size(cfg.model_name, cfg.input_size)
     from models import backbones  # imports Keras
@@ -177,7 +179,7 @@ def assemble(cfg, num_classes):
 
 
 def load_weights(network, cfg):
-    """Loads the backbone's weights and sets the policy of batch normalisation.
+    """Loads the backbone's weights and sets the policy of batch normalization.
 
     Args:
         network: Network, from `assemble`.
@@ -187,9 +189,9 @@ def load_weights(network, cfg):
         The Network with its `weights` and `bn_stats`.
 
     Raises:
-        errors.UsageError: a weights file that is missing, damaged, or of another
+        errors.UsageError: if a weights file that is missing, damaged, or of another
             network.
-        errors.RunError: `--weights imagenet`, and they can't be had.
+        errors.RunError: if `--weights imagenet`, and they are unavailable.
     """
     check_weights(cfg.weights)
     from models import batchnorm, weights  # import Keras
@@ -209,7 +211,7 @@ def prepare(cfg):
         str. The path of their file.
 
     Raises:
-        errors.RunError: they can't be had.
+        errors.RunError: if they are unavailable.
     """
     from models import imagenet  # imports Keras
 
@@ -217,7 +219,7 @@ def prepare(cfg):
     try:
         return imagenet.fetch_preset(source)[1] if source.preset else imagenet.fetch_file(source, cfg.input_size)
     except imagenet.Unavailable as error:
-        raise RunError(f"the ImageNet weights of {cfg.model_name} can't be had: {error}") from error
+        raise RunError(f"the ImageNet weights of {cfg.model_name} are unavailable: {error}") from error
 
 
 def files_to_fetch(cfg):

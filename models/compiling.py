@@ -1,11 +1,14 @@
-"""How a model is compiled here: by the loop, by memory_utils.py, and by ElasticTrainer's look one step ahead."""
+"""How models are compiled, for training, for memory figures, and for the importance of ElasticTrainer."""
+
+from __future__ import annotations
 
 import keras
 
 from core import strategy
+from core.config import Config
 
 
-def make_optimizer(cfg, total_steps):
+def make_optimizer(cfg: Config, total_steps: int) -> keras.Optimizer:
     """Returns the optimizer: `--lr_schedule`, decoupled weight decay, clipped gradients."""
     common = {
         "learning_rate": SCHEDULES[cfg.lr_schedule](cfg.learning_rate, total_steps),
@@ -27,12 +30,12 @@ SCHEDULES = {
 }
 
 
-def compile_model(model, optimizer):
-    """Compiles a model as every training here does; what trains has to be frozen or not before."""
+def compile_model(model: keras.Model, optimizer: keras.Optimizer) -> None:
+    """Compiles a model with the loss and metric of this program. Freeze its weights before."""
     model.compile(
         optimizer=optimizer,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
-        # XLA made a CPU step several times slower, and its first step minutes long.
+        # XLA makes a step on a CPU several times slower.
         jit_compile=False,
     )

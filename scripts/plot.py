@@ -9,7 +9,7 @@ tradeoff   accuracy against memory and against time per epoch, with the Pareto f
 rho        accuracy over rho
 curves     held-out accuracy and training loss by epoch
 
-Inference isn't part of a run, so `memory` measures it now, in a process of its
+Inference is not part of a run, so `memory` measures it now, in a process of its
 own for each network, at the run's batch and input size.
 """
 
@@ -206,7 +206,7 @@ def _peaks(members):
 
 
 def inference_peak_bytes(config):
-    """Returns the allocator's peak over a forward pass of one batch, in a fresh process; None where it can't be had.
+    """Returns the allocator's peak over a forward pass of one batch, in a fresh process; None where it is unavailable.
 
     Args:
         config: dict. A run's config.json.
@@ -214,7 +214,9 @@ def inference_peak_bytes(config):
     wanted = {key: config[key] for key in ("model_name", "input_size", "batch_size", "num_classes")}
     result = subprocess.run([sys.executable, __file__, "--measure", json.dumps(wanted)], capture_output=True, text=True)
     if result.returncode:
-        print(f"inference of {config['model_name']} can't be measured: {result.stderr.strip()[-300:]}", file=sys.stderr)
+        print(
+            f"inference of {config['model_name']} cannot be measured: {result.stderr.strip()[-300:]}", file=sys.stderr
+        )
         return None
     return json.loads(result.stdout.splitlines()[-1])
 

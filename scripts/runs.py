@@ -76,10 +76,10 @@ def read(log_dirs):
     Returns:
         runs: list of Run, in the order of the program's tables of networks, data
             sets and schemes. Those of `--select_only` are left out.
-        notes: list of str. What couldn't be read, a line each.
+        notes: list of str. What could not be read, a line each.
 
     Raises:
-        UsageError: a folder isn't there.
+        UsageError: if a folder is not there.
     """
     runs, notes = [], []
     for log_dir in map(Path, log_dirs):

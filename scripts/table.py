@@ -193,7 +193,7 @@ class Table:
                 _tex_row(map(_tex, ["model", "data set", *self.columns])), "\\midrule",
             ]  # fmt: skip
             *rows, means = self.rows(metric, lambda text: f"\\textbf{{{text}}}", "$\\pm$")
-            # The figures are TeX already; names and notes aren't.
+            # The figures are TeX already; names and notes are not.
             lines += [_tex_row([_tex(row[0]), _tex(row[1]), *row[2:]]) for row in rows]
             lines += ["\\midrule", _tex_row(means), "\\bottomrule", "\\end{tabular}", "\\end{table}", ""]
         return "\n".join([*lines, *(f"% {note}" for note in self.notes)]) + "\n"

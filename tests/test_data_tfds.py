@@ -122,7 +122,7 @@ def test_a_file_that_moved_needs_one_of_its_hosts(monkeypatch, tmp_path):
     monkeypatch.setattr(tfds.download.DownloadManager, "download", download)
     row = dataclasses.replace(data.DATASETS["caltech_birds2011"], needs=())
     monkeypatch.setitem(data.DATASETS, "caltech_birds2011", row)
-    with pytest.raises(RunError, match="couldn't be prepared.*full disk and more") as caught:
+    with pytest.raises(RunError, match="could not be prepared.*full disk and more") as caught:
         data.load(Config(dataset_name="caltech_birds2011", data_dir=str(tmp_path)))
     assert tried
     assert isinstance(caught.value.__cause__, OSError)
@@ -146,7 +146,7 @@ def test_a_set_whose_own_code_fails_is_one_line(monkeypatch, tmp_path):
         raise FileNotFoundError("labels.txt\nis missing")
 
     monkeypatch.setattr(tfds, "builder", broken)
-    with pytest.raises(RunError, match="can't set up cifar10: labels.txt is missing"):
+    with pytest.raises(RunError, match="cannot set up cifar10: labels.txt is missing"):
         data.load(Config(dataset_name="cifar10", data_dir=str(tmp_path)))
 
 

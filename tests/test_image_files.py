@@ -91,7 +91,7 @@ def test_16_bit_images_keep_their_high_byte(grey):
     if grey:
         content = encoded(Image.fromarray(SIXTEEN_BITS), "PNG")
         expected = np.repeat(SIXTEEN_BITS[..., None], 3, axis=-1) / 257
-    else:  # which Pillow can't write
+    else:  # which Pillow cannot write
         wide = np.stack([SIXTEEN_BITS, SIXTEEN_BITS[:, ::-1], SIXTEEN_BITS // 2], axis=-1)
         lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in wide)
         content, expected = png(WIDTH, HEIGHT, lines, bits=16), wide / 257

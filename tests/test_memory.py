@@ -98,7 +98,7 @@ def residual_block():
     return with_head(images, conv("last")(x))
 
 
-def normalised(bn_stats):
+def normalized(bn_stats):
     images = keras.Input((SIDE, SIDE, 8))
     x = keras.layers.Conv2D(8, 3, padding="same", use_bias=False, name="conv0")(images)
     x = keras.layers.BatchNormalization(name="bn")(x)
@@ -150,14 +150,14 @@ def test_a_residual_block_keeps_what_its_branch_needs():
 @pytest.mark.parametrize("bn_stats", ["stored", "batch"])
 def test_batch_normalisation_that_trains_keeps_its_input(bn_stats):
     # The batch, bn's input and output; conv1's error and what it becomes.
-    assert maps(normalised(bn_stats)) == (3, 2)
+    assert maps(normalized(bn_stats)) == (3, 2)
 
 
 def test_frozen_batch_normalisation_costs_by_its_mode():
     # Stored statistics scale the error: the batch, conv1's tanh; the error.
-    assert maps(normalised("stored"), {"conv0", "head"}) == (2, 1)
+    assert maps(normalized("stored"), {"conv0", "head"}) == (2, 1)
     # Those of the batch hang on bn's input, and the error comes back on three ways at once.
-    assert maps(normalised("batch"), {"conv0", "head"}) == (2, 3)
+    assert maps(normalized("batch"), {"conv0", "head"}) == (2, 3)
 
 
 @pytest.mark.parametrize("optimizer, slots", [("sgd", 1), ("adam", 2)])

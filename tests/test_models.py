@@ -1,4 +1,4 @@
-"""The networks: tables, preprocessing, architecture, batch normalisation, saved files."""
+"""The networks: tables, preprocessing, architecture, batch normalization, saved files."""
 
 import os
 import subprocess
@@ -149,8 +149,8 @@ def test_vit_reads_the_class_token(networks):
 
 
 def test_vit_weights_are_accounted_for(networks):
-    # Per block 2 normalisations, 4 attention and 2 dense layers; beside them the
-    # patches, the last normalisation, the position embedding, the class token.
+    # Per block 2 normalizations, 4 attention and 2 dense layers; beside them the
+    # patches, the last normalization, the position embedding, the class token.
     assert networks["vit"].weights["backbone_layers"] == 2 * 8 + 4
 
 

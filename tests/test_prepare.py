@@ -1,4 +1,4 @@
-"""--prepare_only: what is ready is skipped, and what can't be had is said with the way to mend it by hand."""
+"""--prepare_only: what is ready is skipped, and what is unavailable is said with the way to mend it by hand."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ def test_both_failures_are_said_with_file_and_place(offline, tmp_path, capsys):
     file = "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5"
     assert f"{file} can be fetched by hand and put at {tmp_path}/keras/models/{file}" in err
     last = err.splitlines()[-1]
-    assert last.startswith("Error: oxford_iiit_pet isn't prepared") and "weights of vgg16 can't be had" in last
+    assert last.startswith("Error: oxford_iiit_pet is not prepared") and "weights of vgg16 is unavailable" in last
 
 
 def test_the_rest_is_got_although_something_fails(offline, tmp_path, capsys):

@@ -41,7 +41,7 @@ def calibrated_mobilenet():
 
 @pytest.fixture(autouse=True)
 def no_step_is_measured(monkeypatch):
-    """Peak memory isn't what these tests are about, and a third of the loop's tracing."""
+    """Peak memory is not what these tests are about, and a third of the loop's tracing."""
     monkeypatch.setattr(train, "measured_training_step", lambda *args: (Peak(1, "CPU:0"), 0.0))
 
 

@@ -1,4 +1,4 @@
-"""--strategy: two devices compute what one does, and what can't work is refused."""
+"""--strategy: two devices compute what one does, and what cannot work is refused."""
 
 import csv
 import json

@@ -41,7 +41,7 @@ cfg = flags.parse(sys.argv[1:])
 seeds = lambda name: (here / name).read_text().split() if (here / name).exists() else []
 if cfg.prepare_only:
     (here / "prepared").open("a").write(cfg.dataset_name + "\\n")
-    sys.exit("Error: lost can't be had" if cfg.dataset_name == "lost" else 0)
+    sys.exit("Error: lost is unavailable" if cfg.dataset_name == "lost" else 0)
 (here / "calls").open("a").write(cfg.run_name + "\\n")
 (here / "gpus").open("a").write(os.environ.get("CUDA_VISIBLE_DEVICES", "unset") + "\\n")
 if str(cfg.seed) in seeds("fail"):
@@ -233,7 +233,7 @@ def test_unavailable_data_set_fails_only_its_runs(bench, capsys):
     assert (bench.folder / "prepared").read_text().split() == ["lost", "digits"]  # each once
     failures = read_failures(bench.logs)
     assert len(failures) == 2 and all("_lost_" in name for name in failures)
-    assert {failure["last_line"] for failure in failures.values()} == {"Error: lost can't be had"}
+    assert {failure["last_line"] for failure in failures.values()} == {"Error: lost is unavailable"}
 
 
 def test_only_unfinished_runs_are_resumed(bench):
@@ -318,7 +318,7 @@ def test_children_end_with_the_sweep_which_resumes(bench, deadly, code):
 
 
 def test_slurm_runs_one_array_job_of_single_runs(bench):
-    pytest.importorskip("submitit", reason="submitit, an optional dependency, isn't installed")
+    pytest.importorskip("submitit", reason="submitit, an optional dependency, is not installed")
     bench.tell("fail", "1")
     process = bench.start("--launcher", "slurm", "--num_epochs", "2", seeds="0,1")
     out, err = process.communicate()

@@ -1,4 +1,4 @@
-"""The training step as TensorFlow will run it: traced and optimised, nothing computed.
+"""The training step as TensorFlow will run it: traced and optimized, nothing computed.
 
 The trace has the step's operations with their shapes. TensorFlow then rewrites
 it (merges operations, drops what is computed twice), which changes what is
@@ -97,7 +97,7 @@ class Step:
 
 
 def trace(model, input_shape):
-    """Traces and optimises the training step of a compiled model.
+    """Traces and optimizes the training step of a compiled model.
 
     The trace is Keras's own: a first `train_on_batch` with a batch of this shape
     uses it again, and so costs that much less.
@@ -121,7 +121,7 @@ def trace(model, input_shape):
 
 
 def trace_inference(model, input_shape):
-    """Traces and optimises a forward pass in inference mode; arguments as in `trace`."""
+    """Traces and optimizes a forward pass in inference mode; arguments as in `trace`."""
     inputs = tf.TensorSpec(input_shape, model.inputs[0].dtype)
     forward = tf.function(lambda images: model(images, training=False), jit_compile=False)
     with _noting(model) as notes:
@@ -215,7 +215,7 @@ def _step(concrete, notes, part_of):
     for node in graph_def.node:
         node.device = f"/job:localhost/replica:0/task:0/device:{environment.device()}"
         variable = captured.get(node.name)
-        if variable is not None:  # as a handle, the optimiser knows the shape of what is read from it
+        if variable is not None:  # as a handle, the optimizer knows the shape of what is read from it
             node.op = "VarHandleOp"
             node.attr.clear()
             node.attr["dtype"].type = variable.dtype.as_datatype_enum
@@ -223,7 +223,7 @@ def _step(concrete, notes, part_of):
             node.attr["shared_name"].s = node.name.encode()
             variables[node.name] = variable
     with tf.Graph().as_default() as graph:
-        tf.import_graph_def(_optimised(graph_def, concrete), name="")
+        tf.import_graph_def(_optimized(graph_def, concrete), name="")
 
     ops = _ops(graph, variables)
     _name_parts(ops, notes)
@@ -235,8 +235,8 @@ def _step(concrete, notes, part_of):
     )
 
 
-def _optimised(graph_def, concrete):
-    """Returns the graph as TensorFlow's graph optimiser leaves it before a run."""
+def _optimized(graph_def, concrete):
+    """Returns the graph as TensorFlow's graph optimizer leaves it before a run."""
     from tensorflow.core.protobuf import config_pb2, meta_graph_pb2
     from tensorflow.python.grappler import tf_optimizer
 
