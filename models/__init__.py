@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
+from core.config import Config
 from core.errors import RunError, UsageError
 
 
@@ -119,7 +120,7 @@ class Network:
     bn_stats: str | None = None
 
 
-def check_input_size(model_name, input_size):
+def check_input_size(model_name: str, input_size: int) -> None:
     """Raises UsageError if `model_name` cannot process images of `input_size` pixels."""
     row = BACKBONES[model_name]
     if input_size >= row.min_size and input_size % row.size_multiple == 0:
@@ -133,10 +134,10 @@ def check_input_size(model_name, input_size):
     )
 
 
-def check_weights(weights):
-    """Raises UsageError where `--weights` names neither a keyword nor a readable weights file.
+def check_weights(weights: str) -> None:
+    """Raises UsageError if `--weights` is neither a keyword nor a readable weights file.
 
-    Whether the file's layers fit the network is `load_weights`'s business.
+    `load_weights` checks whether the file's layers fit the network.
     """
     if weights in WEIGHTS_KEYWORDS:
         return
@@ -145,32 +146,30 @@ def check_weights(weights):
         f"({', '.join(WEIGHTS_EXTENSIONS)})"
     )
     if not weights.lower().endswith(WEIGHTS_EXTENSIONS):
-        raise UsageError(f"{rule}; received {weights!r}: unknown extension")
+        raise UsageError(f"{rule}. Received: {weights!r}, with another extension.")
     path = os.path.expanduser(weights)
     if not os.path.isfile(path):
-        raise UsageError(f"{rule}; received {weights!r}: no such file, check the path")
+        raise UsageError(f"{rule}. Received: {weights!r}; there is no such file, check the path.")
     if not os.access(path, os.R_OK):
-        raise UsageError(f"{rule}; received {weights!r}: no permission to read it")
+        raise UsageError(f"{rule}. Received: {weights!r}; change its permissions.")
     from models import weight_files  # imports h5py
 
     with weight_files.open_layers(path):
-        pass  # a damaged file is found before any data set is downloaded
+        pass  # finds a damaged file before a data set is downloaded
 
 
-def assemble(cfg, num_classes):
-    """Builds the network that `cfg` asks for, with random weights.
-
-    They follow Keras's global seed, which the caller sets.
+def assemble(cfg: Config, num_classes: int) -> Network:
+    """Builds the network of `cfg` with random weights, which depend on Keras' global seed.
 
     Args:
-        cfg: config.Config. Reads model_name, input_size and dropout.
+        cfg: Config. Reads model_name, input_size and dropout.
         num_classes: int. Width of the head.
 
     Returns:
-        A Network whose `weights` and `bn_stats` are still None.
+        Network whose `provenance` and `bn_stats` are None.
 
     Raises:
-        errors.UsageError: if a size the backbone cannot take.
+        UsageError: if the backbone cannot process the input size.
     """
     check_input_size(cfg.model_name, cfg.input_size)
     from models import backbones  # imports Keras
@@ -178,20 +177,19 @@ def assemble(cfg, num_classes):
     return backbones.assemble(cfg, num_classes)
 
 
-def load_weights(network, cfg):
-    """Loads the backbone's weights and sets the policy of batch normalization.
+def load_weights(network: Network, cfg: Config) -> Network:
+    """Loads the backbone's weights and sets the mode of batch normalization.
 
     Args:
         network: Network, from `assemble`.
-        cfg: config.Config. Reads model_name, input_size, weights and bn_stats.
+        cfg: Config. Reads model_name, input_size, weights and bn_stats.
 
     Returns:
-        The Network with its `weights` and `bn_stats`.
+        Network with its `provenance` and `bn_stats`.
 
     Raises:
-        errors.UsageError: if a weights file that is missing, damaged, or of another
-            network.
-        errors.RunError: if `--weights imagenet`, and they are unavailable.
+        UsageError: if the weights file is missing, damaged, or of another network.
+        RunError: if ImageNet weights are required and unavailable.
     """
     check_weights(cfg.weights)
     from models import batchnorm, weights  # import Keras
@@ -204,14 +202,14 @@ def load_weights(network, cfg):
     return replace(network, provenance=provenance, bn_stats=bn_stats)
 
 
-def prepare(cfg):
-    """Fetches the ImageNet weights of `cfg` unless they are there.
+def prepare(cfg: Config) -> str:
+    """Downloads the ImageNet weights of `cfg` if they are not in the cache.
 
     Returns:
         str. The path of their file.
 
     Raises:
-        errors.RunError: if they are unavailable.
+        RunError: if they are unavailable.
     """
     from models import imagenet  # imports Keras
 
@@ -222,13 +220,13 @@ def prepare(cfg):
         raise RunError(f"the ImageNet weights of {cfg.model_name} are unavailable: {error}") from error
 
 
-def files_to_fetch(cfg):
-    """Returns [(url, path)]: what `prepare` downloads, and where each file can be put by hand."""
+def files_to_fetch(cfg: Config) -> list:
+    """Returns [(url, path)] of the files that `prepare` downloads, and where each can be saved by hand."""
     from models import imagenet
 
     return imagenet.files_to_fetch(BACKBONES[cfg.model_name].imagenet, cfg.input_size)
 
 
-def build(cfg, num_classes):
+def build(cfg: Config, num_classes: int) -> Network:
     """Returns the Network of `cfg`, ready to train: `assemble`, then `load_weights`."""
     return load_weights(assemble(cfg, num_classes), cfg)

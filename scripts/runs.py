@@ -1,4 +1,4 @@
-"""Reads run folders for the tables and pictures, half-finished ones too."""
+"""Reads run folders, unfinished ones too, for tables and plots."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ _FILES = ("config.json", "summary.json", "selection.json", "metrics.csv", "log.t
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a run folder says.
+    """The content of a run folder.
 
     Attributes:
         folder: pathlib.Path.
@@ -47,7 +47,7 @@ class Run:
 
     @property
     def scheme(self):
-        """(scheme, rho), rho None where the scheme reads none."""
+        """(scheme, rho), with rho None if the scheme does not read it."""
         return self.config["train_type"], self.config["rho"]
 
     @property
@@ -59,7 +59,7 @@ class Run:
         return _json(self.folder / "selection.json")
 
     def metrics(self):
-        """Returns metrics.csv as a list of dict of numbers; empty where there is none."""
+        """Returns metrics.csv as a list of dict of numbers, empty without a file."""
         try:
             with open(self.folder / "metrics.csv", newline="") as file:
                 return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
@@ -68,7 +68,7 @@ class Run:
 
 
 def read(log_dirs):
-    """Reads all runs beneath some log folders.
+    """Reads all runs of some log folders.
 
     Args:
         log_dirs: list of str. Folders of run folders, or run folders themselves.
@@ -76,7 +76,7 @@ def read(log_dirs):
     Returns:
         runs: list of Run, in the order of the program's tables of networks, data
             sets and schemes. Those of `--select_only` are left out.
-        notes: list of str. What could not be read, a line each.
+        notes: list of str. One line per folder that could not be read.
 
     Raises:
         UsageError: if a folder is not there.
@@ -84,7 +84,7 @@ def read(log_dirs):
     runs, notes = [], []
     for log_dir in map(Path, log_dirs):
         if not log_dir.is_dir():
-            raise UsageError(f"a folder of run folders is needed. Received: {log_dir}, which is none.")
+            raise UsageError(f"a log folder must exist. Received: {log_dir}; check the path.")
         itself = [log_dir] if (log_dir / "config.json").exists() else []
         for folder in itself or sorted(path for path in log_dir.iterdir() if path.is_dir()):
             if not any((folder / name).exists() for name in _FILES):
@@ -140,7 +140,7 @@ def _place(run):
 
 
 def settings(run):
-    """Returns all that changes a run's results but its seed, hashable values by flag."""
+    """Returns the flags that change a run's results, except the seed, as hashable values."""
     names = {field.name for field in fields(Config)}
     record = {key: value for key, value in run.config.items() if key in names}
     weights = run.config.get("weights_provenance") or {}
@@ -196,7 +196,7 @@ def labelled(runs):
 
 
 def plain(flag, value):
-    """Returns a flag's value as names and notes show it."""
+    """Returns a flag's value as text for names and notes."""
     if flag == "weights":
         asked, digest = value
         return asked if not digest or digest == asked else f"{asked}:{digest[:8]}"
@@ -204,7 +204,7 @@ def plain(flag, value):
 
 
 def one_per_seed(runs):
-    """Returns {seed: Run} of the finished ones, the last of several, and how many are left out."""
+    """Returns {seed: Run} of the finished runs, the last if there are several, and the number of others."""
     done = [run for run in runs if run.status == "done"]
     by_seed = {run.seed: run for run in done}
     return by_seed, len(done) - len(by_seed)

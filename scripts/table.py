@@ -24,7 +24,7 @@ from core.files import write_whole
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of summary.json and how it is shown."""
+    """An entry of summary.json and its format."""
 
     title: str
     key: str
@@ -60,7 +60,7 @@ class Cell:
         return statistics.fmean(values) if values else None
 
     def sd(self, metric):
-        """Returns the sample standard deviation over seeds, None for fewer than two."""
+        """Returns the sample standard deviation over seeds, or None for fewer than two."""
         values = self._values(metric)
         return statistics.stdev(values) if len(values) > 1 else None
 
@@ -70,7 +70,7 @@ class Cell:
 
 
 def main(argv=None):
-    """Runs the command line; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     parser = argparse.ArgumentParser(prog="table.py", description="Tables of run folders.", allow_abbrev=False)
     parser.add_argument("log_dirs", nargs="+", metavar="LOG_DIR", help="folders of run folders")
     parser.add_argument("--out", metavar="DIR", help="also write table.csv, table.md and table.tex there")
@@ -127,7 +127,7 @@ class Table:
             self.notes.append(f"{repeated} repeated runs of a seed are left out; the last of each counts.")
 
     def complete_pairs(self, metric):
-        """Returns the rows in which no column lacks the figure: those that means can compare."""
+        """Returns the rows in which every column has the figure, so that means are comparable."""
         return [p for p in self.pairs if all(self.cells[p, c].mean(metric) is not None for c in self.columns)]
 
     def best(self, pair):
@@ -193,13 +193,13 @@ class Table:
                 _tex_row(map(_tex, ["model", "data set", *self.columns])), "\\midrule",
             ]  # fmt: skip
             *rows, means = self.rows(metric, lambda text: f"\\textbf{{{text}}}", "$\\pm$")
-            # The figures are TeX already; names and notes are not.
+            # The figures are TeX already, names and notes are not.
             lines += [_tex_row([_tex(row[0]), _tex(row[1]), *row[2:]]) for row in rows]
             lines += ["\\midrule", _tex_row(means), "\\bottomrule", "\\end{tabular}", "\\end{table}", ""]
         return "\n".join([*lines, *(f"% {note}" for note in self.notes)]) + "\n"
 
     def csv(self):
-        """Returns one tidy table: a line a cell, undefined figures empty."""
+        """Returns one tidy table with a line per cell; undefined figures are empty."""
         text = io.StringIO()
         names = ["model_name", "dataset_name", "train_type", "rho", "column", "runs"]
         names += [f"{m.csv_name}_{part}" for m in METRICS for part in ("mean", "sd")]
@@ -217,7 +217,7 @@ class Table:
 
 
 def _lacking(here, by_seed, seeds):
-    """Says which runs a cell lacks: '' for none."""
+    """Returns a note on the runs that a cell lacks, empty if it lacks none."""
     missing = len(seeds) - len(by_seed)
     if not missing:
         return ""
