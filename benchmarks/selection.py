@@ -143,13 +143,12 @@ def steady_ways(network, images, args):
 
     from selection.activations import distance_pass
     from selection.betti import betti_1_of_each
-    from selection.distances import num_workers
 
     forward = inference(network)
     with distance_pass(network) as distances:
         ways = {
             "forward": lambda: forward(images),
-            "selection": lambda: betti_1_of_each(distances(images), num_workers()),
+            "selection": lambda: betti_1_of_each(distances(images), environment.num_workers()),
         }
         if args.collect and args.model_name != "vit" and args.bn_stats == "stored":
             extractor = keras.Model(network.model.inputs, [candidate.layer.output for candidate in network.candidates])

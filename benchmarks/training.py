@@ -125,12 +125,9 @@ def step_times(side: str, task: dict) -> list[float]:
 
 
 def our_times(task: dict, augmented: bool) -> list[float]:
-    import main
-
     flags = {**task["flags"], "run_name": task["run_name"], "augment": augmented}
     argv = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
-    if main.main(argv):
-        raise SystemExit(1)
+    subprocess.run([sys.executable, str(ROOT / "main.py"), *argv], check=True, stdout=subprocess.DEVNULL)
     folder = Path(flags["log_dir"], flags["run_name"])
     config = json.loads((folder / "config.json").read_text())
     steps = config["split_sizes"]["train"] // config["batch_size"]

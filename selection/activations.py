@@ -17,7 +17,7 @@ import tensorflow as tf
 from core import environment
 from models.batchnorm import statistics_kept
 from models.layers import calls_replaced
-from selection.distances import from_gram, num_workers, pairwise_distances
+from selection.distances import from_gram, pairwise_distances
 
 _DEVICE_COLUMNS = 1 << 16  # columns that a GPU turns into float64 at a time
 
@@ -42,7 +42,7 @@ def distance_pass(network) -> Iterator[Callable]:
         at its first call.
     """
     on_cpu = environment.device().startswith("CPU")
-    workers = num_workers()
+    workers = environment.num_workers()
     with ThreadPoolExecutor(workers) as pool:
 
         def distances_in_numpy(output):

@@ -8,7 +8,6 @@ in a Gram matrix.
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import Executor
 
 import numba
@@ -17,13 +16,6 @@ import numpy as np
 _TILE = 4  # points per side of a tile: 16 sums, which a CPU's registers hold
 _PIECE = 1024  # columns read at a time: those of all points stay in the cache
 _PART = 1 << 18  # elements that are worth a thread of their own
-
-
-def num_workers() -> int:
-    """Returns the number of processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def pairwise_distances(cloud: np.ndarray, pool: Executor | None = None, num_parts: int = 1) -> np.ndarray:

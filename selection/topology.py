@@ -12,9 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from core.config import Config
+from core.environment import num_workers
 from core.errors import RunError, UsageError
 from selection.betti import MIN_POINTS, betti_1_of_each, predicted_cost
-from selection.distances import num_workers
 from selection.ranking import Selection, eligible_paths, kendall_stability, select_top
 
 log = logging.getLogger("adabet")

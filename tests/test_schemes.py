@@ -137,7 +137,7 @@ def test_exactly_the_promised_weights_move(name, segments, tmp_path):
         assert {"head/kernel", "head/bias"} < segments[0][2] < set(values_of(network))
 
 
-def test_schemes_with_a_rho_select_as_many_layers():
+def test_schemes_select_as_many_layers_as_rho_allows():
     network, data = tiny_network(), Images()
     for name in (
         "act_norm_betti_train",
@@ -154,7 +154,7 @@ def test_schemes_with_a_rho_select_as_many_layers():
             assert chosen.head_added == ("head" not in chosen.selected)
 
 
-def test_controls():
+def test_controls_select_by_their_rule():
     network = tiny_network()
 
     def selected(name, **flags):
@@ -170,7 +170,7 @@ def test_controls():
 # ---------------------------------------------------------------- the loop's segments
 
 
-def test_asking_again_for_the_same_changes_no_bit(tmp_path):
+def test_equal_reselection_changes_no_bit(tmp_path):
     """Momenta, learning rate and dropout go on over the new optimizer."""
     outcomes = []
     for interval in (1, 2):
@@ -192,7 +192,7 @@ def test_asking_again_for_the_same_changes_no_bit(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_slots_of_weights_that_stay_are_kept(optimizer):
+def test_slots_of_remaining_weights_are_kept(optimizer):
     weights = [keras.Variable(np.ones(3), name=name) for name in "abc"]
     cfg = Config(optimizer=optimizer)
     old, new = (train.make_optimizer(cfg, 10) for _ in range(2))
@@ -207,7 +207,7 @@ def test_slots_of_weights_that_stay_are_kept(optimizer):
     assert any(name.startswith("c_") for name in slots)
 
 
-def test_the_best_epoch_is_put_back_over_a_re_selection(tmp_path, monkeypatch):
+def test_best_epoch_is_restored_across_reselection(tmp_path, monkeypatch):
     network, data = tiny_network(), Images()
     then = select_layers(network, {"deep"})
     chosen = dataclasses.replace(select_layers(network, {"stem"}), reselect=lambda epoch: then)
@@ -255,7 +255,7 @@ def test_fisher_equals_a_slow_reference(make):
         np.testing.assert_allclose(scores, reference.reshape(2, 3, -1).mean(axis=1), rtol=2e-3, atol=1e-12)
 
 
-def test_fisher_names_a_layer_that_is_not_finite():
+def test_fisher_names_layer_with_non_finite_score():
     network = tiny_network()
     network.model.get_layer("deep").kernel.assign(np.full((3, 3, 8, 12), np.nan))
     with pytest.raises(RunError, match="finite.* in "):
@@ -265,7 +265,7 @@ def test_fisher_names_a_layer_that_is_not_finite():
 # ---------------------------------------------------------------- ElasticTrainer
 
 
-def test_the_dynamic_programme_equals_brute_force():
+def test_dynamic_program_equals_brute_force():
     rng = np.random.default_rng(0)
     for case in range(250):
         n = rng.integers(1, 9)
@@ -280,7 +280,7 @@ def test_the_dynamic_programme_equals_brute_force():
         assert sum(worth[chosen]) == pytest.approx(best), case
 
 
-def test_a_budget_of_a_transformers_size_is_used_up():
+def test_time_budget_is_used_up_for_many_tensors():
     rng = np.random.default_rng(1)
     worth, t_dw, t_dy = (rng.random(150) for _ in range(3))
     budget = 0.4 * (t_dw.sum() + t_dy.sum())
@@ -288,7 +288,7 @@ def test_a_budget_of_a_transformers_size_is_used_up():
     assert 0.97 * budget < elastic_budget.backward_time(chosen, t_dw, t_dy) < 1.01 * budget
 
 
-def test_the_budgets_formula():
+def test_backward_share_follows_its_formula():
     assert elastic_budget.backward_share(0.533, 1, 2) == pytest.approx((0.533 - 1 / 3) * 3 / 2)
     assert elastic_budget.backward_share(1 / 3, 1, 2) == pytest.approx(0)
     assert elastic_budget.backward_share(1, 5, 2) == 1
@@ -324,7 +324,7 @@ def test_update_importance_equals_a_finite_recomputation(bn_stats):
         assert importance[k] == pytest.approx(-(ahead - behind), rel=0.03, abs=1e-6), weights[k].path
 
 
-def test_magnitudes():
+def test_magnitude_importances_are_sums():
     network, data = tiny_network(), Images()
     cfg, batch = config_of("elastic_training"), (data.images[:16], data.labels[:16])
     by_weight = elastic.weight_magnitude(network, *batch, cfg, 0)
@@ -332,7 +332,7 @@ def test_magnitudes():
     assert (elastic.gradient_magnitude(network, *batch, cfg, 0) > 0).all()
 
 
-def test_times_belong_to_the_tensor_that_they_reach():
+def test_times_belong_to_the_tensor_they_reach():
     network = tiny_network()
     cost = elastic_timing.counted(network, 2)
     conv = 2 * 2 * 4 * 4 * (3 * 3 * 8 * 12) + 2 * 4 * 4 * 12  # deep: two images, 4 x 4 positions, and its bias
@@ -376,7 +376,7 @@ def test_measured_times_are_kept_in_the_cache(monkeypatch, tmp_path):
             elastic_timing.timings(network, cfg, 8)
 
 
-def test_a_budget_for_the_head_alone_is_said_and_goes_on(caplog):
+def test_time_budget_for_head_alone_warns(caplog):
     network = tiny_network()
     cost = elastic_timing.counted(network, 16)
     least = cost.forward / (cost.forward + cost.backward)
@@ -388,7 +388,7 @@ def test_a_budget_for_the_head_alone_is_said_and_goes_on(caplog):
         elastic.check(network, config_of("elastic_training", rho=0.2), 100)
 
 
-def test_excluded_layers_pass_the_error_on_and_stay():
+def test_excluded_layers_pass_the_error_and_stay_frozen():
     cfg = config_of("elastic_training", rho=1.0, exclude_layers="branch")
     chosen = elastic.by_gradient_magnitude(tiny_network(), Images().selection_batches, cfg)
     assert chosen.selected == ("stem", "deep", "deep_bn", "head")
@@ -414,7 +414,7 @@ def test_elastic_training_from_the_command_line(tiny, tmp_path, capsys):  # noqa
 
 
 @pytest.mark.parametrize("bn_stats", ["stored", "batch"])
-def test_pruned_channels_give_exactly_zero_and_never_come_back(bn_stats, tmp_path, segments):
+def test_pruned_channels_give_zero_and_stay_pruned(bn_stats, tmp_path, segments):
     network, data = tiny_network(bn_stats), Images()
     for name, few in (("stem", [1]), ("branch", [0, 5]), ("deep", [2, 3, 11])):
         kernel = network.model.get_layer(name).kernel
@@ -444,7 +444,7 @@ def test_pruned_channels_give_exactly_zero_and_never_come_back(bn_stats, tmp_pat
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_momentum_does_not_bring_a_pruned_channel_back(optimizer, tmp_path, monkeypatch):
+def test_momentum_does_not_revive_pruned_channels(optimizer, tmp_path, monkeypatch):
     """Every other channel is pruned while in full motion."""
     network, data = tiny_network(), Images()
     for name in ("stem", "branch", "deep"):
@@ -464,7 +464,7 @@ def test_momentum_does_not_bring_a_pruned_channel_back(optimizer, tmp_path, monk
         assert zero.sum() == count and not layer.bias.numpy()[zero].any()
 
 
-def test_the_penalty_starts_as_its_share_and_stays_out_of_held_out_losses(tmp_path):
+def test_penalty_has_its_share_and_only_in_training(tmp_path):
     network, data = tiny_network(), Images()
     images, labels = data.images[:16], data.labels[:16]
     chosen = prunetrain.prunetrain(network, data.selection_batches, config_of("prunetrain"))
@@ -530,7 +530,7 @@ def test_channels_of_depthwise_convolutions_and_attention():
     assert axes["query"] == (0,) and axes["attention_output"] == (0, 1)
 
 
-def test_flops_of_a_known_network():
+def test_flops_of_mobilenetv2_equal_the_known_count():
     """MobileNetV2 at 224 pixels takes 300 million multiply-adds without its classifier."""
     network = backbone_network("mobilenetv2", input_size=224)
     convolutions = [c for c in network.candidates if channels.output_axes(c.layer)]
@@ -541,7 +541,7 @@ def test_flops_of_a_known_network():
 
 
 @pytest.mark.parametrize("name", ["fisher", "prunetrain"])
-def test_schemes_from_the_command_line(name, tiny, tmp_path):  # noqa: F811
+def test_schemes_run_from_the_command_line(name, tiny, tmp_path):  # noqa: F811
     assert tiny("--train_type", name, "--interval", "1") == 0
     run, records = run_of(tmp_path / "logs")
     summary = records["summary.json"]
