@@ -19,6 +19,8 @@ from selection.activations import distance_pass
 from selection.betti import betti_1_of_each
 from selection.topology import count_bars
 
+pytestmark = pytest.mark.slow
+
 BATCH = 32
 
 

@@ -48,6 +48,7 @@ def offline(monkeypatch):
     return asked
 
 
+@pytest.mark.slow
 def test_importing_the_table_imports_no_tensorflow():
     code = (
         "import sys; import data; assert data.dataset_row('mnist').input_size == 224; "

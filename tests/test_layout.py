@@ -47,6 +47,7 @@ def test_the_root_holds_three_modules():
     assert {path.name for path in ROOT.glob("*.py")} == {"main.py", "train.py", "memory_utils.py"}
 
 
+@pytest.mark.slow
 def test_importing_the_entry_points_starts_no_framework():
     code = "import sys, main; assert not {'tensorflow', 'keras', 'gudhi', 'numba'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

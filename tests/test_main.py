@@ -21,6 +21,8 @@ from models import weights
 from run import flags
 from selection import SCHEMES
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SUMMARY = [
     "status",

@@ -20,6 +20,8 @@ from models import batchnorm
 from models.compiling import compile_model, make_optimizer
 from models.freezing import freeze
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 MB = 10**6
 

@@ -52,6 +52,7 @@ def python(code, *arguments):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_tables_do_not_import_tensorflow():
     code = (
         "import sys, models; models.check_input_size('vit', 32); "
@@ -268,6 +269,7 @@ def test_fit_moves_exactly_the_unfrozen_variables(fitted):
     assert all(layer.trainable for layer in network.model.layers)
 
 
+@pytest.mark.slow
 def test_saved_networks_load_with_keras_alone(fitted, networks, tmp_path):
     saved = {"stored": fitted[0], "vgg16": networks["vgg16"], "vit": networks["vit"]}
     for name, network in saved.items():

@@ -26,6 +26,8 @@ from selection import elastic_timing, topology
 from training import callbacks, checkpoint
 from training.segments import Segment, plan_segments
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 # 160 images, 144 of them for training: 9 steps an epoch, and 1 of evaluation.
 FEW = ["--limit_train", "160", "--limit_test", "40", "--batch_size", "16", "--num_epochs", "2", "--save_model"]
@@ -165,7 +167,7 @@ def test_invalid_resume_is_refused_by_name(argv, says, logs, capsys):
     assert says in line and files_of(logs) == before
 
 
-def test_resume_accepts_flags_without_effect_and_keeps_finished_run(logs, capsys):
+def test_resume_accepts_neutral_flags_and_keeps_finished_run(logs, capsys):
     flags = [
         "--log_dir",
         str(logs),

@@ -21,6 +21,8 @@ from selection import SCHEMES, elastic, elastic_budget, elastic_timing, fisher, 
 from selection.fisher import _mean_of_squares, _sum_over_channels
 from selection.ranking import select_layers
 
+pytestmark = pytest.mark.slow
+
 NORMS_AND_BIASES = {"stem/bias", "branch/bias", "branch_bn/gamma", "branch_bn/beta", "deep/bias", "deep_bn/gamma",
                     "deep_bn/beta", "head/kernel", "head/bias"}  # fmt: skip
 

@@ -15,6 +15,8 @@ from core import strategy
 from core.errors import UsageError
 from main import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 # The command line on two virtual CPUs, once with each strategy, on a tiny network without dropout.

@@ -24,6 +24,8 @@ from data import DATASETS
 from models import BACKBONES
 from run import flags
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(sweep.__file__).parent.parent
 
 # Behaves as files beside it say: it notes each start in `calls`, fails at seeds

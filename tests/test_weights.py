@@ -18,6 +18,8 @@ from core.config import Config
 from core.errors import RunError, UsageError
 from models import imagenet, weight_files, weights
 
+pytestmark = pytest.mark.slow
+
 SMALL_VIT = {"num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
 
 
@@ -235,11 +237,11 @@ def old_name(era, layer, variable):
 @pytest.mark.parametrize(
     "value, reason",
     [
-        ("imagnet", "unknown extension"),
-        ("weights.pth", "unknown extension"),
+        ("imagnet", "another extension"),
+        ("weights.pth", "another extension"),
         ("absent.keras", "no such file"),
         ("absent.h5", "no such file"),
-        (".", "unknown extension"),
+        (".", "another extension"),
     ],
 )
 def test_missing_weights_file_is_refused(value, reason):
