@@ -62,19 +62,12 @@ DATASETS = {
         "caltech_birds2011:0.2.0",
         needs=(("cv2", "opencv-python-headless"), ("scipy", "scipy")),
     ),
-    "oxford_iiit_pet": Dataset(
-        "7,349 photos of cats and dogs, 37 breeds (0.8 GB)",
-        "oxford_iiit_pet:4.0.0",
-    ),
+    "oxford_iiit_pet": Dataset("7,349 photos of cats and dogs, 37 breeds (0.8 GB)", "oxford_iiit_pet:4.0.0"),
     "stanford_dogs": Dataset(
-        "20,580 photos of dogs, 120 breeds (0.8 GB)",
-        "stanford_dogs:0.2.0",
-        needs=(("scipy", "scipy"),),
+        "20,580 photos of dogs, 120 breeds (0.8 GB)", "stanford_dogs:0.2.0", needs=(("scipy", "scipy"),)
     ),
     "flowers102": Dataset(
-        "8,189 photos of flowers, 102 kinds (0.3 GB)",
-        "oxford_flowers102:2.1.1",
-        needs=(("scipy", "scipy"),),
+        "8,189 photos of flowers, 102 kinds (0.3 GB)", "oxford_flowers102:2.1.1", needs=(("scipy", "scipy"),)
     ),
     "image_folder": Dataset("your own images, in the folder that --image_dir names"),
 }

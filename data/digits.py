@@ -44,10 +44,4 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         digits = load_digits()
         grey = np.rint(digits.images * (255 / _BRIGHTEST)).astype(np.uint8)  # (1797, 8, 8)
         for position in positions.tolist():
-            yield (
-                position,
-                {
-                    "image": grey[position][:, :, None],
-                    "label": int(digits.target[position]),
-                },
-            )
+            yield (position, {"image": grey[position][:, :, None], "label": int(digits.target[position])})

@@ -184,10 +184,7 @@ class Data:
         images, _ = self._size(role)
         batches = (
             records.map(
-                lambda position, encoded, label: (
-                    decode_image(encoded, self._cfg.input_size),
-                    label,
-                ),
+                lambda position, encoded, label: (decode_image(encoded, self._cfg.input_size), label),
                 num_parallel_calls=tf.data.AUTOTUNE,
                 deterministic=True,
             )

@@ -249,9 +249,7 @@ def _check_data_dir(data_dir):
 def _read_labels(builder, split, label_key):
     """Returns the labels of a split, int64 of shape (images,), without decoding an image."""
     examples = builder.as_dataset(
-        split=split,
-        decoders=tfds.decode.PartialDecoding({label_key: True}),
-        read_config=_READ_CONFIG,
+        split=split, decoders=tfds.decode.PartialDecoding({label_key: True}), read_config=_READ_CONFIG
     )
     parts = [batch[label_key] for batch in examples.batch(4096).as_numpy_iterator()]
     return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)

@@ -59,12 +59,7 @@ def fetch_file(source, input_size):
     bar = sys.stderr if sys.stderr.isatty() else io.StringIO()
     with _failures_unavailable(url), contextlib.redirect_stdout(bar):
         return keras.utils.get_file(
-            name,
-            url,
-            file_hash=source.md5,
-            cache_subdir="models",
-            cache_dir=home,
-            force_download=present,
+            name, url, file_hash=source.md5, cache_subdir="models", cache_dir=home, force_download=present
         )
 
 

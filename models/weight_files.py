@@ -30,16 +30,7 @@ _ARCHIVE_CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 64 * 2**20  # real files have less than 1 MB
 
 # What h5py, zipfile and json raise for damaged files.
-_DAMAGED = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    EOFError,
-    NotImplementedError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+_DAMAGED = (OSError, RuntimeError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)

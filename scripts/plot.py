@@ -247,10 +247,7 @@ def measure_inference(wanted):
 
 def tradeoff(found):
     """Yields a plot for each network and data set, with one point per scheme, the mean over seeds."""
-    costs = (
-        ("peak_memory_bytes_measured", MB, "peak memory, measured (MB)"),
-        ("epoch_s", 1, "time per epoch (s)"),
-    )
+    costs = (("peak_memory_bytes_measured", MB, "peak memory, measured (MB)"), ("epoch_s", 1, "time per epoch (s)"))
     for pair, members, stem in by_pair(done(found)):
         columns = run_folders.labelled(members)
         if len(columns) < 2:

@@ -52,16 +52,7 @@ class Scheme:
 
 # Flags that not every scheme reads. A warning names those that the chosen one ignores.
 SELECTION_FLAGS = frozenset(
-    (
-        "rho",
-        "interval",
-        "timing",
-        "num_betti_batches",
-        "betti_points",
-        "layers",
-        "exclude_layers",
-        "memory_budget_mb",
-    )
+    ("rho", "interval", "timing", "num_betti_batches", "betti_points", "layers", "exclude_layers", "memory_budget_mb")
 )
 
 _RANKING = frozenset({"rho", "num_betti_batches", "exclude_layers", "memory_budget_mb"})

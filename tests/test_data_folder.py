@@ -124,11 +124,7 @@ ERRORS = {
     "empty": ({}, ".", "at least two class folders.*with 0"),
     "no images in a class": ({"train/a": 2, "train/b": 0}, ".", "each class folder.*train/b"),
     "no images in test": ({"train/a": 2, "train/b": 2, "test/a": 0}, ".", "each split.*test"),
-    "untrained test class": (
-        {"train/a": 2, "train/b": 2, "test/c": 1},
-        ".",
-        "same classes.*test with c",
-    ),
+    "untrained test class": ({"train/a": 2, "train/b": 2, "test/c": 1}, ".", "same classes.*test with c"),
     "splits without classes": ({"train": 3, "test": 3}, ".", "train/CLASS/"),
 }
 

@@ -116,11 +116,7 @@ def test_classes_of_one_image_stay_in_train():
 
 
 def test_hold_out_has_at_least_one_image():
-    assert sizes(assign({"train": [0, 1, 2], "test": [0]})) == {
-        "train": 2,
-        "validation": 1,
-        "test": 1,
-    }
+    assert sizes(assign({"train": [0, 1, 2], "test": [0]})) == {"train": 2, "validation": 1, "test": 1}
 
 
 def test_one_training_image_cannot_be_split():

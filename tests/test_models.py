@@ -69,8 +69,7 @@ def test_valid_input_sizes_are_accepted(name, size):
 
 
 @pytest.mark.parametrize(
-    "name, size, nearest",
-    [("resnet50", 31, 32), ("vit", 0, 16), ("vit", 225, 224), ("vit", -5, 16)],
+    "name, size, nearest", [("resnet50", 31, 32), ("vit", 0, 16), ("vit", 225, 224), ("vit", -5, 16)]
 )
 def test_invalid_input_sizes_are_refused_with_advice(name, size, nearest):
     with pytest.raises(UsageError, match=rf"Received: {size}; .* {nearest}.$"):
@@ -101,10 +100,7 @@ def test_candidates_of_each_backbone(networks, name, count):
     assert network.candidates[-1].layer is network.head
     offered = {weight.path for c in network.candidates for weight in c.weights}
     assert {w.path for w in network.trainable_weights} - offered == (
-        {
-            "vit_patching_and_embedding/class_token",
-            "vit_patching_and_embedding/position_embedding/embeddings",
-        }
+        {"vit_patching_and_embedding/class_token", "vit_patching_and_embedding/position_embedding/embeddings"}
         if name == "vit"
         else set()
     )

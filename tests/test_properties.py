@@ -241,11 +241,7 @@ VALUES = st.one_of(
     st.floats().map(str),
     st.text(max_size=12),
 )  # fmt: skip
-WORDS = st.one_of(
-    st.sampled_from(FLAGS),
-    st.tuples(st.sampled_from(FLAGS), VALUES).map("=".join),
-    VALUES,
-)
+WORDS = st.one_of(st.sampled_from(FLAGS), st.tuples(st.sampled_from(FLAGS), VALUES).map("=".join), VALUES)
 PAIRS = st.lists(st.tuples(st.sampled_from(FLAGS), VALUES), max_size=6).map(
     lambda pairs: [word for pair in pairs for word in pair]
 )

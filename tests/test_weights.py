@@ -328,8 +328,7 @@ def test_lambda_layers_are_never_run(bare, load, tmp_path, monkeypatch):
     marker = tmp_path / "executed"
     monkeypatch.setenv("LAMBDA_MARKER", str(marker))
     bomb = keras.layers.Lambda(
-        lambda x: (open(__import__("os").environ["LAMBDA_MARKER"], "w").close(), x)[1],
-        output_shape=(1, 1, 1280),
+        lambda x: (open(__import__("os").environ["LAMBDA_MARKER"], "w").close(), x)[1], output_shape=(1, 1, 1280)
     )
     path = tmp_path / "lambda.keras"
     keras.Model(bare.inputs, bomb(bare.output)).save(path)
@@ -439,11 +438,7 @@ class Asked(Exception):
 
 @pytest.mark.parametrize(
     "model_name, constructor, sizes",
-    [
-        ("resnet50", "ResNet50", [32]),
-        ("vgg16", "VGG16", [32]),
-        ("mobilenetv2", "MobileNetV2", [96, 224]),
-    ],
+    [("resnet50", "ResNet50", [32]), ("vgg16", "VGG16", [32]), ("mobilenetv2", "MobileNetV2", [96, 224])],
 )
 def test_table_names_the_files_of_keras_applications(monkeypatch, model_name, constructor, sizes):
     from keras.src.utils import file_utils  # where keras.applications looks get_file up
