@@ -28,10 +28,16 @@ from data.source import Source
 log = logging.getLogger("adabet")
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
-MAX_PIXELS = 10**8  # of all frames: decoders of animations unpack them all; 300 MB as RGB
+MAX_PIXELS = 10**8  # of all frames that a decoder unpacks together; 300 MB as RGB
 MAX_FILE_BYTES = 2**29  # more than such an image takes as a 32-bit BMP
 _MOST_NAMED = 3  # bad files in an error message
 _MOST_LOGGED = 20  # bad files in the log; the run folder lists all
+
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
+_BMP_MODES = ("BGR", "BGRX", "BGRA", "L")  # those that TensorFlow reads as they are
+
+# Above twice this size Pillow raises an error, also before it allocates a frame.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
 
 
 def decode(encoded):
@@ -110,7 +116,9 @@ def declared_pixels(content: bytes) -> int:
         raise ValueError("empty")
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-            return _pixels_of(image, content)
+            if image.format == "BMP":
+                _check_bmp(image, content)
+            return _unpacked_pixels(image)
     except Image.DecompressionBombError as error:
         return int(re.search(r"\((\d+) pixels\)", str(error))[1])
     except Image.UnidentifiedImageError:
@@ -125,31 +133,27 @@ class _Unsupported(ValueError):
     """An intact image that TensorFlow would read wrongly."""
 
 
-def _pixels_of(image, content):
-    if image.format == "JPEG" and content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):
-        raise _Unsupported("a truncated JPEG")  # its last scan has no end; TensorFlow may accept it
-    if image.format == "BMP":
-        decoder, raw_mode = image.tile[0][0], image.tile[0][3][0]
-        old = int.from_bytes(content[14:18], "little") < 40
-        if old or decoder != "raw" or raw_mode not in _BMP_MODES:
-            raise _Unsupported("a BMP with a palette, unusual masks, compression or an old header: save it as PNG")
+def _check_bmp(image, content):
+    decoder, _, _, (raw_mode, *_) = image.tile[0]
+    has_old_header = int.from_bytes(content[14:18], "little") < 40
+    if has_old_header or decoder != "raw" or raw_mode not in _BMP_MODES:
+        raise _Unsupported("a BMP with a palette, unusual masks, compression or an old header: save it as PNG")
+
+
+def _unpacked_pixels(image):
     pixels = image.width * image.height
-    if image.format in _UNPACKED_ANIMATIONS:
-        for frame in range(1, image.n_frames):
-            if pixels > MAX_PIXELS:
-                break
-            image.seek(frame)  # a frame of a GIF can be larger than those before
-            pixels += image.width * image.height
-    return pixels
-
-
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
-_UNPACKED_ANIMATIONS = ("GIF", "WEBP")  # of an animated PNG, only the first frame is unpacked
-_BMP_MODES = ("BGR", "BGRX", "BGRA", "L")  # which TensorFlow reads as they are
-
-# Pillow refuses images of twice this size, and warns of smaller ones.
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    if image.format == "WEBP":
+        return pixels * image.n_frames  # each frame is drawn on a canvas of its own
+    if image.format != "GIF":
+        return pixels  # of an animated PNG, only the first frame is unpacked
+    in_frames = 0
+    for frame in range(image.n_frames):
+        image.seek(frame)
+        left, top, right, bottom = image.tile[0].extents  # a frame may cover a part of the canvas
+        in_frames += (right - left) * (bottom - top)
+        if in_frames > MAX_PIXELS:
+            break
+    return max(pixels, in_frames)
 
 
 def without_bad_images(source: Source, parts: dict, cfg: Config) -> tuple[dict, list | None]:
@@ -176,9 +180,10 @@ def without_bad_images(source: Source, parts: dict, cfg: Config) -> tuple[dict, 
         return parts, None
     parts = dict(parts)
     skipped = []
-    bar = tqdm(desc="Checking images", unit="image", leave=False, disable=None,
-               total=sum(len(part[1]) for part in parts.values() if part))  # fmt: skip
-    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+    num_files = sum(len(part[1]) for part in parts.values() if part)
+    bar = tqdm(desc="Checking images", unit="image", leave=False, disable=None, total=num_files)
+    # Pillow warns of large images and of odd metadata, neither of which matters here.
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(os.cpu_count()) as pool, bar:
         for role, part in parts.items():
             if part is None:
                 continue

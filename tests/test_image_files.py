@@ -86,6 +86,37 @@ def test_good_images_have_pillows_pixels(kind, tmp_path):
     assert image_files.declared_pixels(content) == frames * expected[..., 0].size
 
 
+@pytest.mark.parametrize("kind", ["animated GIF", "animated WebP"])
+def test_pixels_of_all_frames_are_limited(kind, monkeypatch, tmp_path):
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 3 * WIDTH * HEIGHT - 1)
+    (tmp_path / "image.png").write_bytes(GOOD[kind][0])
+    assert image_files.problem(str(tmp_path / "image.png")) == "declares 7200 pixels, more than 7199"
+
+
+def test_small_frames_of_a_gif_count_by_their_area():
+    frames = [IMAGE.convert("P") for _ in range(3)]
+    for place, frame in enumerate(frames):
+        frame.putpixel((place, 0), 7 + place)
+    content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert WIDTH * HEIGHT <= image_files.declared_pixels(content) < 1.1 * WIDTH * HEIGHT
+
+
+@pytest.mark.parametrize("kind", ["a second picture", "a video"])
+def test_data_after_a_jpeg_is_ignored(kind, tmp_path):
+    two = encoded(IMAGE, "MPO", save_all=True, append_images=[IMAGE], quality=95)
+    content = two if kind == "a second picture" else JPEG + b"\0\0\0\x18ftypmp42\xff\xd9\xff\xda" + bytes(99)
+    (tmp_path / "image.jpg").write_bytes(content)
+    assert image_files.problem(str(tmp_path / "image.jpg")) is None
+    np.testing.assert_array_equal(image_files.decode(content), image_files.decode(JPEG))
+
+
+def test_a_truncated_jpeg_with_a_thumbnail_is_found(tmp_path):
+    thumbnail = encoded(IMAGE.resize((16, 10)), "JPEG")
+    content = encoded(IMAGE, "JPEG", exif=b"Exif\0\0" + thumbnail)  # which ends by itself
+    (tmp_path / "image.jpg").write_bytes(content[:-40])
+    assert "truncated" in image_files.problem(str(tmp_path / "image.jpg"))
+
+
 @pytest.mark.parametrize("grey", [True, False])
 def test_16_bit_images_keep_their_high_byte(grey):
     if grey:
