@@ -273,7 +273,7 @@ def test_skip_bad_images_needs_image_folder():
     import data
     from core.config import Config
 
-    with pytest.raises(UsageError, match="image_folder only"):
+    with pytest.raises(UsageError, match="needs --dataset_name image_folder"):
         data.load(Config(skip_bad_images=True))
 
 

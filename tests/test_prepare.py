@@ -42,7 +42,7 @@ def test_both_failures_name_file_and_location(offline, tmp_path, capsys):
     file = "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5"
     assert f"{file} by hand and save it as {tmp_path}/keras/models/{file}" in err
     last = err.splitlines()[-1]
-    assert last.startswith("Error: oxford_iiit_pet is not prepared") and "weights of vgg16 is unavailable" in last
+    assert last.startswith("Error: oxford_iiit_pet is not prepared") and "weights of vgg16 are unavailable" in last
 
 
 def test_failure_does_not_stop_other_downloads(offline, tmp_path, capsys):

@@ -367,7 +367,7 @@ def test_auto_offline_warns_once_and_records_it(offline, caplog):
 
 @pytest.mark.parametrize("model_name", ["vgg16", "vit"])
 def test_imagenet_offline_is_an_error(offline, small_vit, model_name):
-    with pytest.raises(RunError, match=f"{model_name} [.] Received: they are unavailable .*no network.*--weights none"):
+    with pytest.raises(RunError, match=f"{model_name}[.] Received: they are unavailable .*no network.*--weights none"):
         build("imagenet", model_name=model_name)
     assert len(offline) == 1
 
