@@ -422,7 +422,7 @@ BAD_INPUT = {
         [*FOLDER, "{tmp}/bad"],
         "cut.jpg (empty); mend or remove them, or leave such files out with --skip_bad_images",
     ),
-    "skip_bad_images without a folder": (["--skip_bad_images"], "image_folder only"),
+    "skip_bad_images without a folder": (["--skip_bad_images"], "needs --dataset_name image_folder"),
     "log folder beneath a file": (["--log_dir", "{tmp}/file/logs"], "--log_dir"),
 }
 
