@@ -84,7 +84,7 @@ def input_shapes(model: keras.Model, batch_size: int) -> dict[str, tuple]:
         model: keras.Model.
         batch_size: int. The first axis of the shapes.
     """
-    shapes = {}
+    shapes: dict[str, tuple] = {}
 
     def noting(layer, call):
         def noted(inputs, *args, **kwargs):
@@ -99,7 +99,8 @@ def input_shapes(model: keras.Model, batch_size: int) -> dict[str, tuple]:
 
 def following_norms(model: keras.Model) -> dict[str, keras.layers.BatchNormalization]:
     """Returns {layer path: BatchNormalization} for layers whose output goes to a BatchNormalization directly."""
-    made_by, found = {}, {}
+    made_by: dict[int, tuple] = {}
+    found: dict[str, keras.layers.BatchNormalization] = {}
 
     def linking(layer, call):
         def linked(inputs, *args, **kwargs):

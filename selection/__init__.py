@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from selection import baselines, elastic, fisher, prunetrain, topology
+from selection import baselines, elastic, fisher, prunetrain, rgn, spectrum, topology
 from selection.ranking import Selection
 
 __all__ = ["ALIASES", "SCHEMES", "SELECTION_FLAGS", "SUMMARY_FACTS", "Scheme", "Selection"]
@@ -65,7 +65,7 @@ def _topology(select, help):
     return Scheme(help, select, topology.check, _RANKING | {"betti_points"}, learning_rate=1e-2)
 
 
-def _fisher(select, help):
+def _labelled(select, help):
     return Scheme(help, select, baselines.check_eligible, _RANKING, learning_rate=1e-2)
 
 
@@ -105,9 +105,14 @@ SCHEMES = {
         _EXCLUDE,
         learning_rate=3e-2,
     ),
-    "fisher": _fisher(fisher.fisher, "the top rho by mean (activation x gradient)^2 / 2, as published; uses labels"),
-    "fisher_channels": _fisher(
+    "fisher": _labelled(fisher.fisher, "the top rho by mean (activation x gradient)^2 / 2, as published; uses labels"),
+    "fisher_channels": _labelled(
         fisher.fisher_channels, "the top rho by Fisher information of channels (Theis et al.); uses labels"
+    ),
+    # The learning rates of rgn and spectrum are those of similar schemes; they were not searched.
+    "rgn": _labelled(rgn.rgn, "the top rho by gradient norm / weight norm; uses labels"),
+    "spectrum": _control(
+        spectrum.spectrum, "the top rho by signal-to-noise of the kernels' singular values; uses no image", 1e-2
     ),
     "elastic_training": _elastic(
         elastic.by_update,

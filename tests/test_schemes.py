@@ -17,7 +17,7 @@ from core.errors import RunError, UsageError
 from memory.measure import Peak
 from models import batchnorm, channels
 from models.layers import watching
-from selection import SCHEMES, elastic, elastic_budget, elastic_timing, fisher, prunetrain
+from selection import SCHEMES, elastic, elastic_budget, elastic_timing, fisher, prunetrain, rgn, spectrum
 from selection.fisher import _mean_of_squares, _sum_over_channels
 from selection.ranking import select_layers
 
@@ -146,6 +146,8 @@ def test_schemes_select_as_many_layers_as_rho_allows():
         "betti_train",
         "fisher",
         "fisher_channels",
+        "rgn",
+        "spectrum",
         "random_layers",
         "last_layers",
         "smallest_activations",
@@ -264,6 +266,108 @@ def test_fisher_names_layer_with_non_finite_score():
         fisher.fisher(network, Images().selection_batches, config_of("fisher"))
 
 
+# ---------------------------------------------------------------- relative gradient norm, spectrum
+
+
+@pytest.mark.parametrize("make", [tiny_network, calibrated_mobilenet])
+def test_rgn_equals_a_slow_reference(make):
+    """One image at a time, eagerly; gradients are averaged before their norm is taken."""
+    network = make()
+    images, labels = digits_images(6, network.model.input_shape[1])
+    batches = [(tf.constant(images[:3]), tf.constant(labels[:3])), (tf.constant(images[3:]), tf.constant(labels[3:]))]
+    weights = [weight for candidate in network.candidates for weight in candidate.weights]
+    gradients = []
+    for n in range(6):
+        with tf.GradientTape() as tape:
+            loss = -tf.nn.log_softmax(network.model(images[n : n + 1], training=False))[0, labels[n]]
+        found = tape.gradient(loss, [weight.value for weight in weights])
+        gradients.append({w.path: g.numpy().astype(np.float64) for w, g in zip(weights, found)})
+    expected = np.zeros((2, len(network.candidates)))
+    for batch, of_batch in enumerate((gradients[:3], gradients[3:])):
+        for i, candidate in enumerate(network.candidates):
+            mean = [sum(one[w.path] for one in of_batch) / 3 for w in candidate.weights]
+            of_weights = np.concatenate([w.numpy().ravel() for w in candidate.weights]).astype(np.float64)
+            expected[batch, i] = np.linalg.norm(np.concatenate([g.ravel() for g in mean])) / np.linalg.norm(of_weights)
+    np.testing.assert_allclose(rgn.relative_gradient_norms(network, batches, 2), expected, rtol=2e-3)
+    assert (expected > 0).all()
+
+
+def test_rgn_names_layer_with_non_finite_score():
+    network = tiny_network()
+    network.model.get_layer("deep").kernel.assign(np.full((3, 3, 8, 12), np.nan))
+    with pytest.raises(RunError, match="finite.* in "):
+        rgn.rgn(network, Images().selection_batches, config_of("rgn"))
+
+
+def test_rgn_of_a_layer_of_zeros_is_finite():
+    network = tiny_network()
+    for weight in network.model.get_layer("branch").trainable_weights:
+        weight.assign(np.zeros(weight.shape))
+    chosen = rgn.rgn(network, Images().selection_batches, config_of("rgn", rho=0.1))
+    assert all(np.isfinite(row["score"]) for row in chosen.layers) and chosen.selected == ("branch",)
+
+
+def slow_signal_to_noise(kernel, input_axes):
+    """From the eigenvalues of the smaller Gram matrix, summed by hand; quantiles by interpolation."""
+    outputs = [axis for axis in range(kernel.ndim) if axis not in input_axes]
+    rows = [kernel[tuple(index.get(axis, slice(None)) for axis in range(kernel.ndim))].ravel()
+            for index in (dict(zip(outputs, place)) for place in np.ndindex(*(kernel.shape[a] for a in outputs)))]  # fmt: skip
+    matrix = np.array(rows, np.float64)
+    small, large = sorted(matrix.shape)
+    gram = matrix @ matrix.T if len(matrix) == small else matrix.T @ matrix
+    values = sorted(max(value, 0) ** 0.5 for value in np.linalg.eigvalsh(gram))
+
+    def quantile(share):
+        place = share * (small - 1)
+        below = int(place)
+        return values[below] + (place - below) * (values[min(below + 1, small - 1)] - values[below])
+
+    threshold = (quantile(0.75) - quantile(0.25)) / 1.349 * (1 + (small / large) ** 0.5)
+    signal = sum(value for value in values if value > threshold)
+    return signal / sum(value for value in values if value <= threshold) / values[-1]
+
+
+@pytest.mark.parametrize("make", [tiny_network, small_vit_network, calibrated_mobilenet])
+def test_spectrum_equals_a_slow_reference(make):
+    network = make()
+    chosen = spectrum.spectrum(network, None, config_of("spectrum"))
+    compared = 0
+    for candidate, row in zip(network.candidates, chosen.layers):
+        if not channels.output_axes(candidate.layer):
+            assert row["score"] == 0
+            continue
+        kernel = candidate.layer.kernel.numpy()
+        inputs = (0,) if candidate.path.endswith(("query", "key", "value")) else range(kernel.ndim - 1)
+        inputs = (0, 1) if channels.is_depthwise(candidate.layer) else inputs
+        with np.errstate(divide="ignore"):
+            expected = slow_signal_to_noise(kernel, inputs)
+        if np.isfinite(expected):
+            assert row["score"] == pytest.approx(expected, rel=1e-5), candidate.path
+            compared += row["score"] > 0
+        else:
+            assert row["score"] == 0, candidate.path
+    assert compared > 1
+
+
+def test_signal_to_noise_of_known_matrices():
+    rng = np.random.default_rng(0)
+    assert spectrum.signal_to_noise(np.zeros((4, 6))) == 0
+    assert spectrum.signal_to_noise(np.eye(8, dtype=np.float32)) == 0
+    assert spectrum.signal_to_noise(np.outer(rng.normal(size=9), rng.normal(size=20)).astype(np.float32)) == 0
+    # Quartiles 1.75 and 3.25, beta 1: a threshold of 2.22, between the 2 and the 3.
+    assert spectrum.signal_to_noise(np.diag([1.0, 2, 3, 4])) == pytest.approx(7 / 3 / 4)
+    wide = rng.normal(size=(5, 30))
+    assert spectrum.signal_to_noise(wide) == pytest.approx(spectrum.signal_to_noise(wide.T))
+    assert spectrum.signal_to_noise(2 * wide) == pytest.approx(spectrum.signal_to_noise(wide) / 2)
+
+
+def test_spectrum_names_kernel_that_is_not_finite():
+    network = tiny_network()
+    network.model.get_layer("deep").kernel.assign(np.full((3, 3, 8, 12), np.nan))
+    with pytest.raises(RunError, match="NaN or infinity in deep/kernel"):
+        spectrum.spectrum(network, None, config_of("spectrum"))
+
+
 # ---------------------------------------------------------------- ElasticTrainer
 
 
@@ -374,7 +478,7 @@ def test_measured_times_are_kept_in_the_cache(monkeypatch, tmp_path):
     ):
         file.write_bytes(damaged)
         elastic_timing._known.clear()
-        with pytest.raises(TypeError):  # measured anew
+        with pytest.raises(TypeError):  # measured again
             elastic_timing.timings(network, cfg, 8)
 
 
@@ -542,7 +646,7 @@ def test_flops_of_mobilenetv2_equal_the_known_count():
 # ---------------------------------------------------------------- the command line
 
 
-@pytest.mark.parametrize("name", ["fisher", "prunetrain"])
+@pytest.mark.parametrize("name", ["fisher", "rgn", "spectrum", "prunetrain"])
 def test_schemes_run_from_the_command_line(name, tiny, tmp_path):  # noqa: F811
     assert tiny("--train_type", name, "--interval", "1") == 0
     run, records = run_of(tmp_path / "logs")
