@@ -12,6 +12,7 @@ import logging
 import time
 import zlib
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 import keras
 
@@ -26,6 +27,8 @@ from run import report
 from selection.ranking import Selection
 from training.callbacks import BestEpoch, Checkpointer, EpochClock, ProgressBar, StopWhenDiverged, restore
 from training.checkpoint import Checkpoint
+from training.features import Features
+from training.features import load as load_or_compute
 from training.result import Result, largest_known
 from training.segments import Segment, plan_segments
 
@@ -60,15 +63,20 @@ def fine_tune(
             current = reselect(current, segment.first, result)
             folder.write_json("selection.json", report.selection_record(cfg, selection, result.reselections))
         freeze(network, current.trained_weights)
-        optimizer = compile_anew(network.model, cfg, cfg.num_epochs * data.steps_per_epoch, optimizer)
+        trained, batches = network, data
+        if result.cached_in != "off":
+            batches = load_features(network, data, cfg, result)
+            trained = replace(network, model=batches.cut.suffix)
+            compile_model(network.model, make_optimizer(cfg, 1))  # for the test; this optimizer has no slots
+        optimizer = compile_anew(trained.model, cfg, cfg.num_epochs * data.steps_per_epoch, optimizer)
         # The best epoch may precede a re-selection, so all that any selection trains has to be kept.
         best.variables = network.model.variables if current.reselect else changing_variables(network)
         train_segment(
             segment,
-            network,
+            trained,
             current,
-            data,
-            held_out_batches(network.model, data, split),
+            batches,
+            held_out_batches(network.model, data, split) if batches is data else batches.held_out_batches(),
             cfg,
             folder,
             result,
@@ -110,9 +118,11 @@ def train_segment(
 
     Args:
         segment: Segment.
-        network: models.Network, frozen and compiled for the segment.
+        network: models.Network, frozen and compiled for the segment. With cached features,
+            its model is the suffix of the network.
         selection: Selection that holds in the segment.
-        data, cfg, folder, result: as in `fine_tune`.
+        data: data.pipeline.Data or training.features.Features.
+        cfg, folder, result: as in `fine_tune`.
         held_out: tf.data.Dataset of the batches that choose the epoch.
         best: BestEpoch, kept over all segments.
         selection_record: dict. The first selection's record, for checkpoints.
@@ -278,12 +288,27 @@ def measure(network, batches, result: Result) -> float:
     """
     model = network.model
     images, labels = next(iter(batches))
-    share = len(labels) // model.distribute_strategy.num_replicas_in_sync  # one device's part of a batch
-    images, labels = images[:share], labels[:share]
-    result.estimated_bytes = largest_known(result.estimated_bytes, estimate.bytes_of_training(model, images.shape))
+    devices = model.distribute_strategy.num_replicas_in_sync
+    if devices > 1:  # one device's part of a batch
+        images, labels = images[: len(labels) // devices], labels[: len(labels) // devices]
+    input_shape = (len(labels), *model.inputs[0].shape[1:])
+    result.estimated_bytes = largest_known(result.estimated_bytes, estimate.bytes_of_training(model, input_shape))
     peak, first_step_s = measured_training_step(model, images, labels, changing_variables(network))
     result.peak_bytes, result.device = largest_known(result.peak_bytes, peak.bytes), peak.device
     return first_step_s
+
+
+def load_features(network, data, cfg: Config, result: Result) -> Features:
+    """Returns the cached features of a frozen network, and accounts for their cost.
+
+    The network computes them before training begins; the memory that takes counts like that of a step.
+    """
+    start = time.perf_counter()
+    features = load_or_compute(network, data, cfg, result.cached_in)
+    result.cache_s = (result.cache_s or 0.0) + time.perf_counter() - start
+    result.cache_bytes, result.cache_cut = features.num_bytes, features.cut.name
+    result.peak_bytes = largest_known(result.peak_bytes, features.peak_bytes)
+    return features
 
 
 def reselect(selection: Selection, epoch: int, result: Result) -> Selection:
