@@ -25,10 +25,9 @@ from models.compiling import compile_model, make_optimizer
 from models.freezing import changing_variables, freeze
 from run import report
 from selection.ranking import Selection
+from training import features
 from training.callbacks import BestEpoch, Checkpointer, EpochClock, ProgressBar, StopWhenDiverged, restore
 from training.checkpoint import Checkpoint
-from training.features import Features
-from training.features import load as load_or_compute
 from training.result import Result, largest_known
 from training.segments import Segment, plan_segments
 
@@ -65,7 +64,7 @@ def fine_tune(
         freeze(network, current.trained_weights)
         trained, batches = network, data
         if result.cached_in != "off":
-            batches = load_features(network, data, cfg, result)
+            batches = features.load(network, data, cfg, result)
             trained = replace(network, model=batches.cut.suffix)
             compile_model(network.model, make_optimizer(cfg, 1))  # for the test; this optimizer has no slots
         optimizer = compile_anew(trained.model, cfg, cfg.num_epochs * data.steps_per_epoch, optimizer)
@@ -138,7 +137,9 @@ def train_segment(
         before = checksums(network)
 
     with penalties_and_constraints(network, selection) as penalties:
-        first_step_s = 0.0 if saved else measure(network, data.train_batches(epoch, epoch + 1), result)
+        first_step_s = (
+            0.0 if saved else measure(network, data.train_batches(epoch, epoch + 1), result, data.outside_bytes)
+        )
 
         def write_row(row):
             result.epochs.append(row)
@@ -275,13 +276,15 @@ def carry_over(old, new, variables: list) -> None:
             slot.assign(slots[slot.name])
 
 
-def measure(network, batches, result: Result) -> float:
+def measure(network, batches, result: Result, outside_bytes: int = 0) -> float:
     """Estimates and measures the memory of a training step, and undoes the step.
 
     Args:
         network: models.Network, compiled.
         batches: tf.data.Dataset. The first batch is used.
         result: Result. Receives the peaks.
+        outside_bytes: int. Size of weights in memory that are not the network's: those of a
+            cached prefix.
 
     Returns:
         float. Seconds of the first step, tracing included.
@@ -292,23 +295,12 @@ def measure(network, batches, result: Result) -> float:
     if devices > 1:  # one device's part of a batch
         images, labels = images[: len(labels) // devices], labels[: len(labels) // devices]
     input_shape = (len(labels), *model.inputs[0].shape[1:])
-    result.estimated_bytes = largest_known(result.estimated_bytes, estimate.bytes_of_training(model, input_shape))
+    estimated = estimate.bytes_of_training(model, input_shape)
+    if estimated is not None:
+        result.estimated_bytes = largest_known(result.estimated_bytes, estimated + outside_bytes)
     peak, first_step_s = measured_training_step(model, images, labels, changing_variables(network))
     result.peak_bytes, result.device = largest_known(result.peak_bytes, peak.bytes), peak.device
     return first_step_s
-
-
-def load_features(network, data, cfg: Config, result: Result) -> Features:
-    """Returns the cached features of a frozen network, and accounts for their cost.
-
-    The network computes them before training begins; the memory that takes counts like that of a step.
-    """
-    start = time.perf_counter()
-    features = load_or_compute(network, data, cfg, result.cached_in)
-    result.cache_s = (result.cache_s or 0.0) + time.perf_counter() - start
-    result.cache_bytes, result.cache_cut = features.num_bytes, features.cut.name
-    result.peak_bytes = largest_known(result.peak_bytes, features.peak_bytes)
-    return features
 
 
 def reselect(selection: Selection, epoch: int, result: Result) -> Selection:

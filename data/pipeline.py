@@ -92,6 +92,11 @@ class Data:
         count = (num_epochs - first_epoch) * self.steps_per_epoch - first_step
         return batches.apply(tf.data.experimental.assert_cardinality(count))
 
+    @property
+    def outside_bytes(self):
+        """int. Size of weights in memory that batches of images do not pass: none."""
+        return 0
+
     def train_order(self, first_epoch, num_epochs, first_step=0):
         """Returns where `train_batches` finds its images among those of `train_view`.
 

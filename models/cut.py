@@ -38,6 +38,16 @@ class Cut:
     saved: float
     saved_of_step: float
 
+    def outside_bytes(self, part: keras.Model) -> int:
+        """Returns the size of the weights that stay in memory while only `part` computes.
+
+        Args:
+            part: keras.Model. The prefix or the suffix.
+        """
+        inside = {id(variable) for variable in part.weights}
+        weights = {id(variable): variable for variable in [*self.prefix.weights, *self.suffix.weights]}
+        return sum(4 * math.prod(weight.shape) for key, weight in weights.items() if key not in inside)
+
     @property
     def name(self) -> str:
         """str. The layers whose outputs are kept, for logs and records."""

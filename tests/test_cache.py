@@ -264,7 +264,7 @@ def test_features_on_disk_are_reused_and_keyed(run, tmp_path, capsys):
     assert cached_folders(tmp_path) == [first]
     assert (first / "train_0.npy").stat().st_mtime_ns == before
     on_disk(run, "seed", "--seed", "1")  # other weights, and another split
-    on_disk(run, "size", "--input_size", "16")
+    on_disk(run, "size", "--input_size", "48")
     on_disk(run, "type", "--cache_dtype", "float16")
     on_disk(run, "head", "--layers", "head")
     assert len(cached_folders(tmp_path)) == 5

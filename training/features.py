@@ -21,10 +21,12 @@ import tensorflow as tf
 from core.config import Config
 from core.environment import device_facts
 from core.version import VERSION
+from memory import estimate
 from memory.measure import measured_peak
 from models.cut import Cut, find_cut
 from training import feature_files
 from training.caching import obstacle_to_caching
+from training.result import Result, largest_known
 
 log = logging.getLogger("adabet")
 
@@ -45,20 +47,22 @@ class Features:
             in memory or mapped from a file; labels are int64 of shape (views * images,).
         data: data.pipeline.Data.
         views: int. Augmented views of each training image.
-        peak_bytes: int or None. The allocator's peak over a batch of the prefix; None if the
-            features came from disk.
     """
 
     cut: Cut
     arrays: dict
     data: object
     views: int
-    peak_bytes: int | None
 
     @property
     def steps_per_epoch(self) -> int:
         """int. Training batches per epoch."""
         return self.data.steps_per_epoch
+
+    @property
+    def outside_bytes(self) -> int:
+        """int. Size of the prefix's weights, which stay in memory while the suffix trains."""
+        return self.cut.outside_bytes(self.cut.suffix)
 
     @property
     def num_bytes(self) -> int:
@@ -154,14 +158,16 @@ def machine_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def load(network, data, cfg: Config, where: str) -> Features:
-    """Returns the features of a frozen network, read from disk or computed.
+def load(network, data, cfg: Config, result: Result) -> Features:
+    """Returns the features of a frozen network, read from disk or computed, and accounts for their cost.
+
+    The memory of the pass over the prefix counts like that of a training step.
 
     Args:
         network: models.Network, frozen as it will train.
         data: data.pipeline.Data.
         cfg: Config.
-        where: str. `"memory"` or `"disk"`.
+        result: Result. Says where features are cached, and receives their time, size and memory.
 
     Raises:
         RunError: if the disk cannot take the features.
@@ -177,12 +183,19 @@ def load(network, data, cfg: Config, where: str) -> Features:
         "held_out": lambda: prefix.batches(held_out),
     }
     start = time.perf_counter()
-    if where == "memory":
+    if result.cached_in == "memory":
         arrays = {role: _in_memory(parts[role](), sizes[role], prefix) for role in parts}
     else:
         arrays = feature_files.load(cfg, _key(cut, data, cfg), parts, sizes, prefix.shapes, prefix.dtype)
+    features = Features(cut, arrays, data, views)
+    result.cache_s = (result.cache_s or 0.0) + time.perf_counter() - start
+    result.cache_bytes, result.cache_cut = features.num_bytes, cut.name
     log.info("Features: ready in %.1f s", time.perf_counter() - start)
-    return Features(cut, arrays, data, views, prefix.peak_bytes)
+    result.peak_bytes = largest_known(result.peak_bytes, prefix.peak_bytes)
+    estimated = estimate.bytes_of_inference(cut.prefix, (data.batch_size, *cut.prefix.inputs[0].shape[1:]))
+    if estimated is not None:
+        result.estimated_bytes = largest_known(result.estimated_bytes, estimated + cut.outside_bytes(cut.prefix))
+    return features
 
 
 class _Prefix:
@@ -225,7 +238,7 @@ def _key(cut: Cut, data, cfg: Config) -> dict:
     return {
         "program": VERSION,
         "weights": feature_files.digest(variable.numpy() for variable in cut.prefix.variables),
-        "layers": cut.layers,
+        "operations": len(cut.prefix.operations),  # where the cut is; names may be numbered differently
         "model": cfg.model_name,
         "dataset": data.name,
         "input_size": cfg.input_size,
