@@ -27,6 +27,7 @@ from run import folder as run_folder
 from run.flags import parse
 from run.report import Progress
 from selection import SCHEMES, Selection
+from training import caching
 from training.result import Result
 
 log = logging.getLogger("adabet")
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             cfg = parse(argv)
             if cfg.prepare_only:
                 return prepare(cfg)
+            if cfg.clear_cache:
+                return clear_cache(cfg)
             return list_layers(cfg) if cfg.list_layers else run(cfg, early_log)
     except SystemExit as stop:  # argparse has printed --help, or what is wrong with a flag
         return stop.code
@@ -106,6 +109,7 @@ def run(cfg: Config, early_log: logging.Handler) -> int:
             return 0
         report.announce_selection(network, run.selection, run.result.selection_s)
         if not saved:
+            choose_cache(run)
             checkpoint.save_selection(folder.path, run.selection, run.result)
         train.fine_tune(network, run.selection, images, cfg, folder, run.result, saved)
         summary = finish(run)
@@ -144,6 +148,7 @@ def load(cfg: Config, is_new: bool):
         scheme.check(network, cfg, images.split_sizes["train"])
     with strategy.scope(devices):
         network = models.load_weights(network, cfg)
+    caching.check(cfg, network.bn_stats)
     if is_new and cfg.memory_budget_mb is not None:
         budget.check(cfg, budget.head_peak_bytes(network, cfg, images.batch_size))
     return images, network
@@ -151,9 +156,9 @@ def load(cfg: Config, is_new: bool):
 
 def write_config(cfg: Config, images, network, folder: run_folder.RunFolder) -> None:
     """Writes config.json, after a resumed run's surroundings have been compared with its own."""
-    record = report.config_record(cfg, images, network, folder)
-    if cfg.resume:
-        report.check_same_surroundings(record, run_folder.recorded(folder.path))
+    before = run_folder.recorded(folder.path) if cfg.resume else None
+    record = report.config_record(cfg, images, network, folder, before and before.get("cached"))
+    report.check_same_surroundings(record, before)
     folder.write_json("config.json", record)
     log.info("Run folder: %s", folder.path)
     report.announce(cfg, images, network, environment.device())
@@ -191,6 +196,18 @@ def resume(run: Progress, saved) -> None:
     log.info("Resuming after epoch %d, step %d", saved.record["epoch"], saved.record["step"])
 
 
+def choose_cache(run: Progress) -> None:
+    """Decides whether training reads cached features, and completes config.json."""
+    from models.freezing import freeze
+    from training import features
+
+    freeze(run.network, run.selection.trained_weights)
+    run.result.cached_in, message = features.choose(run.network, run.images, run.cfg)
+    log.info("%s", message)
+    cached = run.result.cached_in != "off"
+    run.folder.write_json("config.json", report.config_record(run.cfg, run.images, run.network, run.folder, cached))
+
+
 def finish(run: Progress) -> dict:
     """Writes what a run leaves behind, and returns the content of summary.json."""
     done = run.result.status == "done"
@@ -216,6 +233,14 @@ def list_layers(cfg: Config) -> int:
 
     network = models.assemble(cfg, cfg.num_classes or 2)
     print("\n".join(candidate.path for candidate in network.candidates))
+    return 0
+
+
+def clear_cache(cfg: Config) -> int:
+    """Deletes the cached features that no run uses."""
+    from training import feature_files
+
+    log.info("Deleted %.2f GB of cached features in %s", feature_files.clear(cfg) / 10**9, feature_files.folder(cfg))
     return 0
 
 

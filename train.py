@@ -12,6 +12,7 @@ import logging
 import time
 import zlib
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 import keras
 
@@ -24,6 +25,7 @@ from models.compiling import compile_model, make_optimizer
 from models.freezing import changing_variables, freeze
 from run import report
 from selection.ranking import Selection
+from training import features
 from training.callbacks import BestEpoch, Checkpointer, EpochClock, ProgressBar, StopWhenDiverged, restore
 from training.checkpoint import Checkpoint
 from training.result import Result, largest_known
@@ -60,15 +62,20 @@ def fine_tune(
             current = reselect(current, segment.first, result)
             folder.write_json("selection.json", report.selection_record(cfg, selection, result.reselections))
         freeze(network, current.trained_weights)
-        optimizer = compile_anew(network.model, cfg, cfg.num_epochs * data.steps_per_epoch, optimizer)
+        trained, batches = network, data
+        if result.cached_in != "off":
+            batches = features.load(network, data, cfg, result)
+            trained = replace(network, model=batches.cut.suffix)
+            compile_model(network.model, make_optimizer(cfg, 1))  # for the test; this optimizer has no slots
+        optimizer = compile_anew(trained.model, cfg, cfg.num_epochs * data.steps_per_epoch, optimizer)
         # The best epoch may precede a re-selection, so all that any selection trains has to be kept.
         best.variables = network.model.variables if current.reselect else changing_variables(network)
         train_segment(
             segment,
-            network,
+            trained,
             current,
-            data,
-            held_out_batches(network.model, data, split),
+            batches,
+            held_out_batches(network.model, data, split) if batches is data else batches.held_out_batches(),
             cfg,
             folder,
             result,
@@ -110,9 +117,11 @@ def train_segment(
 
     Args:
         segment: Segment.
-        network: models.Network, frozen and compiled for the segment.
+        network: models.Network, frozen and compiled for the segment. With cached features,
+            its model is the suffix of the network.
         selection: Selection that holds in the segment.
-        data, cfg, folder, result: as in `fine_tune`.
+        data: data.pipeline.Data or training.features.Features.
+        cfg, folder, result: as in `fine_tune`.
         held_out: tf.data.Dataset of the batches that choose the epoch.
         best: BestEpoch, kept over all segments.
         selection_record: dict. The first selection's record, for checkpoints.
@@ -128,7 +137,9 @@ def train_segment(
         before = checksums(network)
 
     with penalties_and_constraints(network, selection) as penalties:
-        first_step_s = 0.0 if saved else measure(network, data.train_batches(epoch, epoch + 1), result)
+        first_step_s = (
+            0.0 if saved else measure(network, data.train_batches(epoch, epoch + 1), result, data.outside_bytes)
+        )
 
         def write_row(row):
             result.epochs.append(row)
@@ -265,22 +276,28 @@ def carry_over(old, new, variables: list) -> None:
             slot.assign(slots[slot.name])
 
 
-def measure(network, batches, result: Result) -> float:
+def measure(network, batches, result: Result, outside_bytes: int = 0) -> float:
     """Estimates and measures the memory of a training step, and undoes the step.
 
     Args:
         network: models.Network, compiled.
         batches: tf.data.Dataset. The first batch is used.
         result: Result. Receives the peaks.
+        outside_bytes: int. Size of weights in memory that are not the network's: those of a
+            cached prefix.
 
     Returns:
         float. Seconds of the first step, tracing included.
     """
     model = network.model
     images, labels = next(iter(batches))
-    share = len(labels) // model.distribute_strategy.num_replicas_in_sync  # one device's part of a batch
-    images, labels = images[:share], labels[:share]
-    result.estimated_bytes = largest_known(result.estimated_bytes, estimate.bytes_of_training(model, images.shape))
+    devices = model.distribute_strategy.num_replicas_in_sync
+    if devices > 1:  # one device's part of a batch
+        images, labels = images[: len(labels) // devices], labels[: len(labels) // devices]
+    input_shape = (len(labels), *model.inputs[0].shape[1:])
+    estimated = estimate.bytes_of_training(model, input_shape)
+    if estimated is not None:
+        result.estimated_bytes = largest_known(result.estimated_bytes, estimated + outside_bytes)
     peak, first_step_s = measured_training_step(model, images, labels, changing_variables(network))
     result.peak_bytes, result.device = largest_known(result.peak_bytes, peak.bytes), peak.device
     return first_step_s

@@ -51,6 +51,12 @@ class Config:
     strategy: str = "none"  # none, mirrored
     seed: int = 0
     checkpoint_minutes: float = 10.0  # 0 is after every step
+    # Cached features of the frozen layers
+    cache_features: str = "auto"  # auto, off, memory, disk
+    cached_views: int | None = None  # augmented views of each image
+    cache_dtype: str = "float32"  # float32, float16
+    cache_dir: str | None = None  # None is a folder below XDG_CACHE_HOME or ~/.cache
+    cache_limit_gb: float = 20.0  # 10^9 bytes, of all features in cache_dir
     # Output
     log_dir: str = "logs"
     run_name: str | None = None
@@ -59,5 +65,6 @@ class Config:
     resume: bool = False
     select_only: bool = False
     prepare_only: bool = False
+    clear_cache: bool = False
     list_layers: bool = False
     debug: bool = False

@@ -7,6 +7,7 @@ epoch 3 sees the images that it would have seen.
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from dataclasses import dataclass, field
 
@@ -74,7 +75,71 @@ class Data:
             batches.
         """
         cfg, row = self._cfg, self._row
-        records = self._train_records
+
+        def decode(epoch, position, encoded, label):
+            return decode_image(encoded, cfg.input_size), label, draw(cfg.seed, epoch, position)
+
+        def finish(images, labels, draws):
+            if cfg.augment:
+                images = augment(images, draws, row.flip, row.rotation)
+            return images, labels
+
+        batches = (
+            self._shuffled(self._train_records, first_epoch, num_epochs, first_step)
+            .map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+            .batch(self.batch_size, drop_remainder=True)
+            .map(finish)
+            .prefetch(2)
+        )
+        count = (num_epochs - first_epoch) * self.steps_per_epoch - first_step
+        return batches.apply(tf.data.experimental.assert_cardinality(count))
+
+    @property
+    def outside_bytes(self):
+        """int. Size of weights in memory that batches of images do not pass: none."""
+        return 0
+
+    def train_order(self, first_epoch, num_epochs, first_step=0):
+        """Returns where `train_batches` finds its images among those of `train_view`.
+
+        Returns:
+            tf.data.Dataset of (epochs, places), int64 of shape (B,) each, one pair for each
+            batch of `train_batches` with the same arguments.
+        """
+        images, _ = self._size("train")
+        places = tf.data.Dataset.range(images).map(lambda place: (place,))
+        shuffled = self._shuffled(places, first_epoch, num_epochs, first_step)
+        return shuffled.batch(self.batch_size, drop_remainder=True)
+
+    def train_view(self, epoch):
+        """Returns all training images once, in the order of the data set.
+
+        Args:
+            epoch: int or None. The epoch whose augmentation the images have; None for none.
+
+        Returns:
+            tf.data.Dataset of batches; the last one may be smaller.
+        """
+        images = self._plain_batches(self._train_records, "train")
+        if epoch is None:
+            return images
+        cfg, row = self._cfg, self._row
+        draws = self._train_records.map(lambda position, *_: draw(cfg.seed, tf.constant(epoch, tf.int64), position))
+        pairs = tf.data.Dataset.zip(images, draws.batch(cfg.batch_size))
+        return pairs.map(lambda batch, draws: (augment(batch[0], draws, row.flip, row.rotation), batch[1]))
+
+    def digest(self):
+        """Returns the SHA-256 of the training and held-out images as they are stored, their places and labels."""
+        total = hashlib.sha256()
+        held_out = "test" if self._parts["validation"] is None else "validation"
+        for role in ("train", held_out):
+            for position, encoded, label in self._records(role).as_numpy_iterator():
+                total.update(f"{role} {position} {label} {len(encoded)} ".encode() + encoded)
+        return total.hexdigest()
+
+    def _shuffled(self, records, first_epoch, num_epochs, first_step):
+        """Returns (epoch, *record) in the order in which the epochs train; arguments as in `train_batches`."""
+        cfg = self._cfg
         per_epoch = self.steps_per_epoch * self.batch_size
         buffer = _shuffle_buffer(*self._size("train"))
         epochs = np.arange(first_epoch, num_epochs, dtype=np.int64)
@@ -89,24 +154,7 @@ class Data:
             shuffled = records.shuffle(buffer, seed=shuffle_seed, reshuffle_each_iteration=False)
             return shuffled.take(per_epoch).skip(left_out).map(lambda *record: (epoch, *record))
 
-        def decode(epoch, position, encoded, label):
-            return decode_image(encoded, cfg.input_size), label, draw(cfg.seed, epoch, position)
-
-        def finish(images, labels, draws):
-            if cfg.augment:
-                images = augment(images, draws, row.flip, row.rotation)
-            return images, labels
-
-        batches = (
-            tf.data.Dataset.from_tensor_slices((epochs, shuffle_seeds, left_out))
-            .flat_map(one_epoch)
-            .map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-            .batch(self.batch_size, drop_remainder=True)
-            .map(finish)
-            .prefetch(2)
-        )
-        count = len(epochs) * self.steps_per_epoch - first_step
-        return batches.apply(tf.data.experimental.assert_cardinality(count))
+        return tf.data.Dataset.from_tensor_slices((epochs, shuffle_seeds, left_out)).flat_map(one_epoch)
 
     def validation_batches(self) -> tf.data.Dataset | None:
         """Returns all validation images, in fixed order, as a tf.data.Dataset of batches.

@@ -81,8 +81,17 @@ def bytes_of_training(model, input_shape: tuple) -> int | None:
     """
     if model.distribute_strategy.num_replicas_in_sync > 1:
         return None
+    return _bytes_or_none(of_training, model, input_shape)
+
+
+def bytes_of_inference(model, input_shape):
+    """Returns the estimated peak of a forward pass in bytes, or None where there is no estimate."""
+    return _bytes_or_none(of_inference, model, input_shape)
+
+
+def _bytes_or_none(predict, model, input_shape):
     try:
-        return of_training(model, tuple(input_shape)).bytes
+        return predict(model, tuple(input_shape)).bytes
     except Exception as error:
         log.warning("The peak memory cannot be estimated: %s", " ".join(str(error).split()))
         return None

@@ -20,6 +20,7 @@ from models import check_input_size, check_weights
 from run import folder as run_folder
 from run.parser import INTERVAL, NUM_BETTI_BATCHES, TIMINGS, make_parser
 from selection import ALIASES, SCHEMES, SELECTION_FLAGS
+from training import caching
 
 log = logging.getLogger("adabet")
 
@@ -139,4 +140,5 @@ def resolve(args: argparse.Namespace) -> Config:
     check_weights(args.weights)
     cfg = Config(**given)
     check_strategy(cfg, reselects="interval" in scheme.reads)
+    caching.check(cfg)
     return cfg

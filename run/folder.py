@@ -28,7 +28,7 @@ log = logging.getLogger("adabet")
 # Flags that only say where a run writes and how much it prints.
 _WITHOUT_EFFECT = {
     "log_dir", "run_name", "resume", "checkpoint_minutes", "save_model", "save_txt", "select_only", "list_layers",
-    "debug", "data_dir", "prepare_only",
+    "debug", "data_dir", "prepare_only", "cache_dir", "cache_limit_gb", "clear_cache",
 }  # fmt: skip
 MAX_NAME_BYTES = 200  # file systems take 255; a temporary file of RUN_NAME.txt has a longer name
 _LIBRARIES = ("tensorflow", "keras", "keras-hub", "tensorflow-datasets", "gudhi", "numpy", "scipy", "scikit-learn")
@@ -235,9 +235,11 @@ def fingerprint(cfg: Config, facts: dict) -> str:
 
     Args:
         cfg: Config.
-        facts: dict. The versions of libraries, data and weights.
+        facts: dict. The versions of libraries, data and weights, and whether features are
+            cached, which stands in place of `cache_features`: memory and disk give the same bits.
     """
-    text = json.dumps({**decisive(asdict(cfg)), **facts}, sort_keys=True, default=str)
+    settings = {**decisive(asdict(cfg)), **facts}
+    text = json.dumps({**settings, "cache_features": None}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

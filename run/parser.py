@@ -17,6 +17,7 @@ from data import DATASETS, dataset_row
 from models import BACKBONES
 from selection import ALIASES, SCHEMES
 from selection.betti import MIN_POINTS
+from training import caching
 
 INTERVAL = 4  # epochs
 NUM_BETTI_BATCHES = Config.num_betti_batches
@@ -40,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_data(parser.add_argument_group("data"))
     _add_selection(parser.add_argument_group("selection"))
     _add_training(parser.add_argument_group("training"))
+    _add_cache(parser.add_argument_group("cached features of the frozen layers"))
     _add_output(parser.add_argument_group("output"))
     return parser
 
@@ -199,6 +201,38 @@ def _add_training(group):
         + _DEFAULT,
     )
     group.add_argument("--seed", type=_integer(0), default=Config.seed, help=_DEFAULT)
+
+
+def _add_cache(group):
+    group.add_argument(
+        "--cache_features",
+        choices=caching.PLACES,
+        default=Config.cache_features,
+        help="compute the layers before the first one that trains only once, and train on their outputs;\n"
+        "auto: in memory or on disk if the result is the same and time is saved\n" + _DEFAULT,
+    )
+    group.add_argument(
+        "--cached_views",
+        type=_integer(1),
+        metavar="V",
+        help="augmented views of each image to cache and use in turn (needed to cache with --augment)",
+    )
+    group.add_argument(
+        "--cache_dtype",
+        choices=caching.DTYPES,
+        default=Config.cache_dtype,
+        help="float16: half the size, features rounded to 11 bits\n" + _DEFAULT,
+    )
+    group.add_argument("--cache_dir", help="folder of features on disk (default: ~/.cache/adabet/features)")
+    group.add_argument(
+        "--cache_limit_gb",
+        type=_real(0, math.inf, open_low=True, open_high=True),
+        default=Config.cache_limit_gb,
+        metavar="GB",
+        help="size of all features in --cache_dir; the least recently used are deleted (1 GB is 10^9 bytes)\n"
+        + _DEFAULT,
+    )
+    group.add_argument("--clear_cache", **_switch(False), help="delete the features that no run uses, and stop")
 
 
 def _add_output(group):

@@ -49,7 +49,7 @@ class Progress:
     result: Result = field(default_factory=Result)
 
 
-def config_record(cfg: Config, images, network, folder: RunFolder) -> dict:
+def config_record(cfg: Config, images, network, folder: RunFolder, cached: bool | None = None) -> dict:
     """Returns the content of config.json: the resolved flags, and what the run runs on.
 
     Args:
@@ -57,11 +57,13 @@ def config_record(cfg: Config, images, network, folder: RunFolder) -> dict:
         images: data.pipeline.Data.
         network: models.Network.
         folder: RunFolder.
+        cached: bool or None. Whether training reads cached features; None before that is decided.
     """
     decisive = {
         "versions": library_versions(),
         "dataset_version": images.version,
         "weights_provenance": network.provenance,
+        "cached": cached,
     }
     return {
         **asdict(cfg),
@@ -191,7 +193,7 @@ def summary_record(run: Progress) -> dict:
         "best_epoch": result.best_epoch,
         "selection_s": result.selection_s,
         "compile_s": result.compile_s if seconds else None,
-        "train_s": sum(seconds) if seconds else None,
+        "train_s": sum(seconds) + (result.cache_s or 0.0) if seconds else None,
         "epoch_s": statistics.median(seconds) if seconds else None,
         "eval_s": result.eval_s if seconds else None,
         "checkpoint_s": result.checkpoint_s,
@@ -213,6 +215,11 @@ def summary_record(run: Progress) -> dict:
             result.epochs, images.steps_per_epoch * images.batch_size, images.majority_share
         ),
         "skipped_images": None if images.skipped_images is None else len(images.skipped_images),
+        "cache_features": result.cached_in,
+        "cached_views": cfg.cached_views,
+        "cache_s": result.cache_s,
+        "cache_bytes": result.cache_bytes,
+        "cache_cut": result.cache_cut,
     }
 
 

@@ -37,6 +37,10 @@ class Result:
         reselections: list of (int, Selection). The epoch, counted from 1, from which
             each later selection holds.
         facts: dict. What the scheme adds to summary.json.
+        cached_in: str. `"memory"` or `"disk"` if training reads cached features, else `"off"`.
+        cache_s: float. Seconds spent computing or opening cached features.
+        cache_bytes: int. Size of the cached features.
+        cache_cut: str. The layers whose outputs are cached.
     """
 
     status: str = "interrupted"
@@ -57,6 +61,10 @@ class Result:
     selection_peak_bytes: int | None = None
     reselections: list = field(default_factory=list)
     facts: dict = field(default_factory=dict)
+    cached_in: str = "off"
+    cache_s: float | None = None
+    cache_bytes: int | None = None
+    cache_cut: str | None = None
 
     def latest_selection(self, first: Selection | None) -> Selection | None:
         """Returns the selection that holds now: the last re-selection, or else `first`."""

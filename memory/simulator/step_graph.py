@@ -110,10 +110,12 @@ def trace(model, input_shape):
         Step.
     """
     model.optimizer.build(model.trainable_variables)
-    inputs = tf.TensorSpec(input_shape, model.inputs[0].dtype)
+    specs = [tf.TensorSpec((input_shape[0], *image.shape[1:]), image.dtype) for image in model.inputs]
+    inputs = specs[0] if len(specs) == 1 else tuple(specs)
     labels = tf.TensorSpec(input_shape[:1], tf.int64)
     # Creates the variables of metrics and loss, as train_on_batch does.
-    model._symbolic_build(data_batch=(tf.zeros((1, *input_shape[1:]), inputs.dtype), tf.zeros((1,), labels.dtype)))
+    one = tf.nest.map_structure(lambda spec: tf.zeros((1, *spec.shape[1:]), spec.dtype), (inputs, labels))
+    model._symbolic_build(data_batch=one)
     model.make_train_function()
     with _noting(model) as notes:
         concrete = _step_function(model).get_concrete_function((inputs, labels, None))
