@@ -64,6 +64,11 @@ SUMMARY = [
     "budget_next_bytes_estimated",
     "stayed_at_chance",
     "skipped_images",
+    "cache_features",
+    "cached_views",
+    "cache_s",
+    "cache_bytes",
+    "cache_cut",
 ]
 
 

@@ -191,7 +191,8 @@ def load(network, data, cfg: Config, result: Result) -> Features:
     result.cache_s = (result.cache_s or 0.0) + time.perf_counter() - start
     result.cache_bytes, result.cache_cut = features.num_bytes, cut.name
     log.info("Features: ready in %.1f s", time.perf_counter() - start)
-    result.peak_bytes = largest_known(result.peak_bytes, prefix.peak_bytes)
+    batch, _ = next(iter(train[0]))
+    result.peak_bytes = largest_known(result.peak_bytes, prefix.measured_bytes(batch))
     estimated = estimate.bytes_of_inference(cut.prefix, (data.batch_size, *cut.prefix.inputs[0].shape[1:]))
     if estimated is not None:
         result.estimated_bytes = largest_known(result.estimated_bytes, estimated + cut.outside_bytes(cut.prefix))
@@ -199,10 +200,10 @@ def load(network, data, cfg: Config, result: Result) -> Features:
 
 
 class _Prefix:
-    """Computes the features of batches, and measures the memory of the first."""
+    """Computes the features of batches."""
 
     def __init__(self, cut: Cut, dtype: np.dtype):
-        self.dtype, self.peak_bytes = dtype, None
+        self.dtype = dtype
         self.shapes = [tuple(tensor.shape[1:]) for tensor in cut.prefix.outputs]
         self._compute = tf.function(
             lambda images: tf.nest.flatten(cut.prefix(images, training=False)), reduce_retracing=True
@@ -211,14 +212,15 @@ class _Prefix:
     def batches(self, images: tf.data.Dataset) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
         """Yields (features, labels) of each batch."""
         for batch, labels in images:
-            if self.peak_bytes is None:
-                self._compute(batch)  # traces
-                with measured_peak() as peak:
-                    features = self._compute(batch)
-                self.peak_bytes = peak.bytes
-            else:
-                features = self._compute(batch)
+            features = self._compute(batch)
             yield [np.asarray(feature).astype(self.dtype, copy=False) for feature in features], np.asarray(labels)
+
+    def measured_bytes(self, batch: tf.Tensor) -> int | None:
+        """Returns the allocator's peak over a pass of one resident batch, as for a training step."""
+        self._compute(batch)  # traces
+        with measured_peak() as peak:
+            self._compute(batch)
+        return peak.bytes
 
 
 def _in_memory(batches, num_images, prefix):

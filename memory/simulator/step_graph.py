@@ -170,7 +170,7 @@ def _noting(model):
         notes.gradients = {gradient.op.name for gradient, _ in pairs if gradient is not None}
         return type(optimizer).apply_gradients(optimizer, pairs)
 
-    optimizer = model.optimizer
+    optimizer = getattr(model, "optimizer", None)  # absent before the model is compiled
     layers = list(model._flatten_layers(include_self=False))
     with calls_replaced(layers, note_scope):
         if optimizer is None:
@@ -205,7 +205,8 @@ def _in_closure(function, name):
 
 def _part_of_variables(model):
     """Returns a function from a tf.Variable to its part."""
-    slots = {id(v.value) for v in model.optimizer.variables} if model.optimizer else set()
+    optimizer = getattr(model, "optimizer", None)
+    slots = {id(v.value) for v in optimizer.variables} if optimizer else set()
     return lambda variable: "optimizer" if id(variable) in slots else "weights"
 
 
