@@ -327,7 +327,8 @@ def test_image_folder_trains_without_bad_images(tiny, tmp_path, capsys):
     _, records = run_of(tmp_path / "logs")
     assert records["summary.json"]["skipped_images"] == 2
     assert [(Path(entry["path"]).name, entry["reason"]) for entry in records["config.json"]["skipped_images"]] == [
-        ("page.png", "no JPEG, PNG, BMP, GIF or WebP image"), ("cut.jpg", "cut short in its header"),
+        ("page.png", "not a JPEG, PNG, BMP, GIF or WebP image, or its header is damaged"),
+        ("cut.jpg", "not a JPEG, PNG, BMP, GIF or WebP image, or its header is damaged"),
     ]  # fmt: skip
     assert sum(records["config.json"]["split_sizes"].values()) == 24
 
@@ -385,7 +386,7 @@ BAD_INPUT = {
     "image folder empty": ([*FOLDER, "{tmp}/empty"], "empty"),
     "image folder of one class": ([*FOLDER, "{tmp}/one"], "class"),
     "data folder beneath a file": (["--data_dir", "{tmp}/file/x"], "--data_dir"),
-    "layers match nothing": (["--train_type", "listed_layers", "--layers", "zzz"], "found in none of"),
+    "layers match nothing": (["--train_type", "listed_layers", "--layers", "zzz"], "which matches none of"),
     "layers of another scheme": (["--layers", "conv"], "listed_layers"),
     "listed_layers without layers": (["--train_type", "listed_layers"], "--layers"),
     "run name taken": (["--run_name", "name", "--log_dir", "{tmp}/taken"], "'name'"),
@@ -412,9 +413,9 @@ BAD_INPUT = {
     "log folder that is a link to nothing": (["--log_dir", "{tmp}/taken/link"], "--log_dir"),
     "log folder without a name": (["--log_dir="], "--log_dir"),
     "log folder with a NUL": (["--log_dir", "{tmp}/a\0b"], "--log_dir"),
-    "weights in a pickle": (["--weights", "{tmp}/model.pkl"], "unknown extension"),
-    "weights of PyTorch": (["--weights", "{tmp}/model.pt"], "unknown extension"),
-    "weights in an .npz": (["--weights", "{tmp}/model.npz"], "unknown extension"),
+    "weights in a pickle": (["--weights", "{tmp}/model.pkl"], "another extension"),
+    "weights of PyTorch": (["--weights", "{tmp}/model.pt"], "another extension"),
+    "weights in an .npz": (["--weights", "{tmp}/model.npz"], "another extension"),
     "weights that are a folder": (["--weights", "{tmp}/folder.keras"], "no such file"),
     "unknown layers in a file": (
         ["--train_type", "listed_layers", "--layers", "@{tmp}/layers"],
@@ -425,7 +426,7 @@ BAD_INPUT = {
     "layers in nested JSON": (["--train_type", "listed_layers", "--layers", "@{tmp}/nested"], "RecursionError"),
     "bad images": (
         [*FOLDER, "{tmp}/bad"],
-        "cut.jpg (empty); mend or remove them, or leave such files out with --skip_bad_images",
+        "cut.jpg (empty); repair or remove them, or leave them out with --skip_bad_images",
     ),
     "skip_bad_images without a folder": (["--skip_bad_images"], "needs --dataset_name image_folder"),
     "log folder beneath a file": (["--log_dir", "{tmp}/file/logs"], "--log_dir"),
