@@ -316,7 +316,7 @@ def augment(images, draws, flip: bool, rotation: float):
         # Reversing rows, with one condition per image, is several times faster than four axes.
         size = images.shape[1]
         mirrored = tf.reshape(tf.reverse(tf.reshape(images, (-1, size, 3)), axis=[1]), (-1, size, size, 3))
-        images = tf.raw_ops.Select(condition=draws[:, 0] < 0.5, t=mirrored, e=images)
+        images = tf.raw_ops.Select(condition=draws[:, 0] < 0.5, x=mirrored, y=images)
     if rotation:
         angle = (2 * draws[:, 1] - 1) * (rotation * 2 * math.pi)  # (B,), radians
         size = images.shape[1]

@@ -53,6 +53,7 @@ class Images:
     steps_per_epoch = 3
     batch_size = 16
     split_sizes = {"train": 64, "validation": 32, "test": 32}
+    outside_bytes = 0
 
     def __init__(self):
         self.images, self.labels = digits_images(64, 16)
