@@ -79,7 +79,7 @@ def compared(model_name: str, train_type: str, sides, args) -> dict:
         flags = {
             "model_name": model_name, "train_type": train_type, "weights": args.weights, "input_size": args.input_size,
             "batch_size": args.batch_size, "limit_train": num_images, "limit_test": args.batch_size,
-            "num_epochs": args.epochs, "log_dir": folder, "data_dir": args.data_dir,
+            "num_epochs": args.epochs, "log_dir": folder, "data_dir": args.data_dir, "cache_features": "off",
         }  # fmt: skip
         if train_type == "act_norm_betti_train":
             flags["rho"] = args.rho
