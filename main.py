@@ -22,6 +22,7 @@ from dataclasses import replace
 from core import environment, signals, strategy
 from core.config import Config
 from core.errors import RunError, UsageError
+from models import models_table
 from run import failures, report
 from run import folder as run_folder
 from run.flags import parse
@@ -49,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with signals.handled():
             cfg = parse(argv)
+            if cfg.list_models:
+                print(models_table())
+                return 0
             if cfg.prepare_only:
                 return prepare(cfg)
             if cfg.clear_cache:
@@ -256,7 +260,7 @@ def prepare(cfg: Config) -> int:
 
     steps = [(cfg.dataset_name, data.prepare, data.files_to_fetch)]
     if cfg.weights in ("auto", "imagenet"):
-        steps.append((f"ImageNet weights of {cfg.model_name}", models.prepare, models.files_to_fetch))
+        steps.append((f"weights of {cfg.model_name}", models.prepare, models.files_to_fetch))
     messages = []
     for name, fetch, files in steps:
         try:

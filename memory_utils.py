@@ -40,6 +40,10 @@ log = logging.getLogger("adabet")
 # those of the published plot.
 _FLAGS = [
     "model_name",
+    "model_alpha",
+    "custom_objects",
+    "keep_head",
+    "preprocessing",
     "train_type",
     "rho",
     "batch_size",

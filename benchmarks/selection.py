@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from core import environment
+from models import MODELS
 
 CLEAR_REFS = Path("/proc/self/clear_refs")  # writing 5 makes the highest resident size count from here
 
@@ -40,7 +41,7 @@ CLEAR_REFS = Path("/proc/self/clear_refs")  # writing 5 makes the highest reside
 def main(argv=None):
     """Measures, prints, and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
-    parser.add_argument("--model_name", default="resnet50", choices=("resnet50", "vgg16", "mobilenetv2", "vit"))
+    parser.add_argument("--model_name", default="resnet50", choices=MODELS, metavar="NAME")
     parser.add_argument("--weights", default="none", help="none, or the path of a weights file (default: none)")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--input_size", type=int, default=224)

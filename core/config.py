@@ -14,7 +14,11 @@ class Config:
     """
 
     # Network
-    model_name: str = "resnet50"
+    model_name: str = "resnet50"  # a name of models.MODELS, or the path of a .keras file
+    model_alpha: float | None = None  # width of a MobileNet; None is 1
+    custom_objects: str | None = None  # of a .keras file: MODULE:NAME,...
+    keep_head: bool = False  # of a .keras file
+    preprocessing: str | None = None  # of a .keras file: none, unit, symmetric, caffe, torch
     weights: str = "auto"  # auto, imagenet, none, or a path
     input_size: int = 32  # pixels; images are square
     num_classes: int | None = None  # compared with the data's class count
@@ -67,4 +71,5 @@ class Config:
     prepare_only: bool = False
     clear_cache: bool = False
     list_layers: bool = False
+    list_models: bool = False
     debug: bool = False

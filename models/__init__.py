@@ -1,90 +1,29 @@
 """Networks: a backbone, its preprocessing, pretrained weights, and a new head.
 
-The tables import neither TensorFlow nor Keras, so that flags are checked and `--help` is
-printed without them.
+`--model_name` is a row of `table.MODELS`, or the path of a .keras file. Flags are checked,
+and `--help` is printed, without TensorFlow and Keras.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from core.config import Config
 from core.errors import RunError, UsageError
+from models import keras_file
+from models.freezing import freeze_model as freeze
+from models.table import APPLICATIONS, BACKBONES, MODELS, Backbone, Imagenet
 
-
-@dataclass(frozen=True)
-class Imagenet:
-    """Where a backbone's ImageNet weights come from.
-
-    A `url` is a legacy .h5 file without top, kept in Keras' cache; `{size}` in it is one
-    of `sizes`. keras-hub downloads a `preset` to the cache of kagglehub.
-    """
-
-    url: str  # the file, or the host of the preset
-    md5: str | None = None  # None if Keras publishes none
-    sizes: tuple[int, ...] = ()  # input sizes with a file of their own; others use the last
-    preset: str | None = None
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """One row of `BACKBONES`."""
-
-    help: str
-    min_size: int  # pixels
-    size_multiple: int
-    preprocessing: str  # a key of models.backbones.PREPROCESSING
-    has_batch_norm: bool
-    imagenet: Imagenet
-
-
-_KERAS_FILES = "https://storage.googleapis.com/tensorflow/keras-applications/"
-
-BACKBONES = {
-    "resnet50": Backbone(
-        help="ResNet50, 107 layers with head",
-        min_size=32,
-        size_multiple=1,
-        preprocessing="caffe",
-        has_batch_norm=True,
-        imagenet=Imagenet(
-            url=_KERAS_FILES + "resnet/resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5",
-            md5="4d473c1dd8becc155b73f8504c6f6626",
-        ),
-    ),
-    "vgg16": Backbone(
-        help="VGG16, 14 layers with head",
-        min_size=32,
-        size_multiple=1,
-        preprocessing="caffe",
-        has_batch_norm=False,
-        imagenet=Imagenet(
-            url=_KERAS_FILES + "vgg16/vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5",
-            md5="6d6bbae143d832006294945121d1f1fc",
-        ),
-    ),
-    "mobilenetv2": Backbone(
-        help="MobileNetV2 1.00, 105 layers with head",
-        min_size=32,
-        size_multiple=1,
-        preprocessing="symmetric",
-        has_batch_norm=True,
-        imagenet=Imagenet(
-            url=_KERAS_FILES + "mobilenet_v2/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_{size}_no_top.h5",
-            sizes=(96, 128, 160, 192, 224),
-        ),
-    ),
-    "vit": Backbone(
-        help="ViT-B/16, 99 layers with head; input sizes are multiples of 16",
-        min_size=16,
-        size_multiple=16,
-        preprocessing="symmetric",
-        has_batch_norm=False,
-        imagenet=Imagenet(url="https://www.kaggle.com", preset="vit_base_patch16_224_imagenet"),
-    ),
-}
+__all__ = [
+    "APPLICATIONS", "BACKBONES", "MODELS", "Backbone", "Imagenet", "Network", "assemble", "build", "check_flags",
+    "check_input_size", "check_weights", "default_input_size", "files_to_fetch", "freeze", "known_name", "load_weights",
+    "models_table", "prepare", "short_name",
+]  # fmt: skip
 
 # Values of --weights that are not a path.
 WEIGHTS_KEYWORDS = ("auto", "imagenet", "none")
@@ -98,13 +37,13 @@ class Network:
     Attributes:
         model: keras.Model. Raw RGB images, float32 in 0..255, of shape
             (B, S, S, 3) to logits, float32 (B, num_classes).
-        head: keras.layers.Dense. The new layer, named `head`.
+        head: keras.Layer. The layer that computes the logits: a new Dense named `head`, or
+            that of a model file with `--keep_head`.
         candidates: list of models.layers.Candidate. The layers that can be selected, in
             forward order, the head included.
         trainable_weights: list of keras.Variable. All weights that can train, those of
             no candidate included. Their paths are unique.
-        backbone: keras.Model. The network without preprocessing and head, with the same
-            layers.
+        backbone: keras.Model. The network without head, with the same layers.
         provenance: dict. Where the weights come from, JSON-ready: `source` (imagenet, file, none),
             `path`, `sha256`, `matched_layers`, `backbone_layers`, `note`.
         bn_stats: str or None. `stored`, `batch`, or None if the network has no batch
@@ -120,9 +59,102 @@ class Network:
     bn_stats: str | None = None
 
 
+def known_name(model_name: str) -> str:
+    """Returns a `--model_name` that is a row of `MODELS` or the path of a .keras file.
+
+    Raises:
+        ValueError: if it is neither. The message has the closest known names.
+    """
+    if model_name in MODELS or keras_file.is_path(model_name):
+        return model_name
+    closest = difflib.get_close_matches(model_name.lower(), MODELS, cutoff=0.5)
+    advice = f"the closest: {', '.join(closest)}; --list_models prints all" if closest else "--list_models prints them"
+    raise ValueError(
+        f"must be a known name or the path of a Keras model file (.keras). Received: {model_name!r}; {advice}"
+    )
+
+
+def short_name(cfg: Config) -> str:
+    """Returns the network's name in names of runs and models: its own, or its file's, and a width other than 1."""
+    name = cfg.model_name
+    if keras_file.is_path(name):
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(name).stem).lstrip(".-")[:60] or "model"
+    return f"{name}_alpha{cfg.model_alpha:g}" if cfg.model_alpha not in (None, 1.0) else name
+
+
+def models_table() -> str:
+    """Returns the names of `MODELS` as text, with candidate layers, least input size and widths."""
+    lines = [f"{'--model_name':<20} {'layers':>6} {'least size':>10}  notes"]
+    for name, row in MODELS.items():
+        notes = [f"--model_alpha {', '.join(f'{alpha:g}' for alpha in row.alphas)}"] if row.alphas else []
+        if row.size_multiple > 1:
+            notes.append(f"sizes are multiples of {row.size_multiple}")
+        lines.append(f"{name:<20} {row.candidates:>6} {row.min_size:>10}  {'; '.join(notes)}".rstrip())
+    return "\n".join([*lines, "PATH.keras: a functional or Sequential model of your own, from RGB images"])
+
+
+def default_input_size(model_name: str, of_data: int) -> int:
+    """Returns the default of `--input_size`: the size that a model file fixes, or else the data set's.
+
+    Args:
+        model_name: str. A valid one.
+        of_data: int. Pixels, the data set's default. A network with a greater minimum takes that.
+
+    Raises:
+        UsageError: if `model_name` is a file that is no valid model.
+    """
+    if keras_file.is_path(model_name):
+        return keras_file.check(model_name) or of_data
+    return max(of_data, MODELS[model_name].min_size)
+
+
+def check_flags(cfg: Config) -> None:
+    """Checks the flags of the network against each other, without Keras.
+
+    Raises:
+        UsageError: if a flag does not belong to `--model_name`, or has an invalid value.
+    """
+    if keras_file.is_path(cfg.model_name):
+        if cfg.model_alpha is not None:
+            raise UsageError(
+                f"--model_alpha sets the width of a MobileNet. Received: --model_name {cfg.model_name}; leave it out."
+            )
+        if cfg.weights == "imagenet":
+            raise UsageError(
+                f"--weights imagenet needs a known --model_name. Received: {cfg.model_name}; leave --weights out to "
+                "use the file's own weights."
+            )
+    else:
+        given = [name for name in _OF_FILES if getattr(cfg, name)]
+        if given:
+            raise UsageError(
+                f"--{given[0]} belongs to --model_name PATH.keras. Received: --model_name {cfg.model_name}; leave it out."
+            )
+        widths = MODELS[cfg.model_name].alphas
+        if cfg.model_alpha is not None and cfg.model_alpha not in widths:
+            rule = f"must be one of {', '.join(f'{alpha:g}' for alpha in widths)}" if widths else "needs a MobileNet"
+            raise UsageError(
+                f"--model_alpha {rule}. Received: {cfg.model_alpha:g} for {cfg.model_name}; "
+                f"{'choose one of these' if widths else 'leave it out'}."
+            )
+    check_input_size(cfg.model_name, cfg.input_size)
+    check_weights(cfg.weights)
+
+
+_OF_FILES = ("custom_objects", "keep_head", "preprocessing")  # flags that only a model file reads
+
+
 def check_input_size(model_name: str, input_size: int) -> None:
     """Raises UsageError if `model_name` cannot process images of `input_size` pixels."""
-    row = BACKBONES[model_name]
+    if keras_file.is_path(model_name):
+        fixed = keras_file.check(model_name)
+        if fixed not in (None, input_size):
+            raise UsageError(
+                f"--input_size must be the {fixed} pixels that the model fixes. Received: {input_size} for {model_name}; "
+                "leave it out."
+            )
+        return
+    row = MODELS[model_name]
     if input_size >= row.min_size and input_size % row.size_multiple == 0:
         return
     rule = f"at least {row.min_size}"
@@ -159,22 +191,22 @@ def check_weights(weights: str) -> None:
 
 
 def assemble(cfg: Config, num_classes: int) -> Network:
-    """Builds the network of `cfg` with random weights, which depend on Keras' global seed.
+    """Builds the network of `cfg`, with random weights that depend on Keras' global seed, or a model file's own.
 
     Args:
-        cfg: Config. Reads model_name, input_size and dropout.
+        cfg: Config. Reads the flags of the network.
         num_classes: int. Width of the head.
 
     Returns:
         Network whose `provenance` and `bn_stats` are None.
 
     Raises:
-        UsageError: if the backbone cannot process the input size.
+        UsageError: if the network cannot process the input size, or a model file is unsuitable.
     """
     check_input_size(cfg.model_name, cfg.input_size)
-    from models import backbones  # imports Keras
+    from models import backbones, own_model  # import Keras
 
-    return backbones.assemble(cfg, num_classes)
+    return (own_model if keras_file.is_path(cfg.model_name) else backbones).assemble(cfg, num_classes)
 
 
 def load_weights(network: Network, cfg: Config) -> Network:
@@ -196,7 +228,7 @@ def load_weights(network: Network, cfg: Config) -> Network:
 
     provenance = weights.load(network.backbone, cfg)
     bn_stats = None
-    if BACKBONES[cfg.model_name].has_batch_norm:
+    if batchnorm.layers(network.model):
         bn_stats = batchnorm.resolve(cfg.bn_stats, pretrained=provenance["source"] != "none")
         batchnorm.MODES[bn_stats](network.model)
     return replace(network, provenance=provenance, bn_stats=bn_stats)
@@ -211,9 +243,11 @@ def prepare(cfg: Config) -> str:
     Raises:
         RunError: if they are unavailable.
     """
+    if keras_file.is_path(cfg.model_name):
+        return cfg.model_name
     from models import imagenet  # imports Keras
 
-    source = BACKBONES[cfg.model_name].imagenet
+    source = imagenet.source_of(cfg)
     try:
         return imagenet.fetch_preset(source)[1] if source.preset else imagenet.fetch_file(source, cfg.input_size)
     except imagenet.Unavailable as error:
@@ -222,9 +256,11 @@ def prepare(cfg: Config) -> str:
 
 def files_to_fetch(cfg: Config) -> list:
     """Returns [(url, path)] of the files that `prepare` downloads, and where each can be saved by hand."""
+    if keras_file.is_path(cfg.model_name):
+        return []
     from models import imagenet
 
-    return imagenet.files_to_fetch(BACKBONES[cfg.model_name].imagenet, cfg.input_size)
+    return imagenet.files_to_fetch(imagenet.source_of(cfg), cfg.input_size)
 
 
 def build(cfg: Config, num_classes: int) -> Network:

@@ -1,40 +1,108 @@
-"""Builds the networks: preprocessing, backbone, pooling, head."""
+"""Builds the known networks: preprocessing, backbone, pooling, head."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import math
+from collections.abc import Iterator
 
 import keras
+from keras.src.backend.common import global_state
 
-from models import BACKBONES, Network
+import models
+from core.config import Config
 from models.layers import find_candidates
+from models.table import MODELS
 
-# Mean of the ImageNet images, in the order blue, green, red.
-_IMAGENET_MEAN_BGR = (103.939, 116.779, 123.68)
+# Of the ImageNet images: the mean in the order blue, green, red, for values in 0..255, and mean
+# and standard deviation in the order red, green, blue, for values in 0..1.
+_MEAN_BGR = (103.939, 116.779, 123.68)
+_MEAN_RGB = (0.485, 0.456, 0.406)
+_STD_RGB = (0.229, 0.224, 0.225)
+
+
+def _rescaled(images, scale, offset):
+    return keras.layers.Rescaling(scale, offset, name="preprocessing")(images)
 
 
 def _caffe(images):
     """RGB to BGR, minus the mean, unscaled."""
-    bgr = keras.ops.flip(images, axis=-1)
-    offset = [-mean for mean in _IMAGENET_MEAN_BGR]
-    return keras.layers.Rescaling(1.0, offset, name="preprocessing")(bgr)
+    return _rescaled(keras.ops.flip(images, axis=-1), 1.0, [-mean for mean in _MEAN_BGR])
 
 
 def _symmetric(images):
     """0..255 to -1..1; what ViT writes as (x / 255 - 0.5) / 0.5 is the same."""
-    return keras.layers.Rescaling(1 / 127.5, -1.0, name="preprocessing")(images)
+    return _rescaled(images, 1 / 127.5, -1.0)
+
+
+def _unit(images):
+    """0..255 to 0..1."""
+    return _rescaled(images, 1 / 255, 0.0)
+
+
+def _torch(images):
+    """0..255 to 0..1, then minus the mean and divided by the standard deviation of each channel."""
+    scale = [1 / (255 * std) for std in _STD_RGB]
+    return _rescaled(images, scale, [-mean / std for mean, std in zip(_MEAN_RGB, _STD_RGB)])
+
+
+def _efficientnet(images):
+    """Completes the normalization inside EfficientNet, which divides by the root of the standard deviation.
+
+    Keras adds the second division only when it loads the ImageNet weights itself:
+    https://github.com/tensorflow/tensorflow/issues/49930. This one comes before the
+    network's own y -> (y / 255 - mean) / sqrt(std) and gives the same values after it.
+    """
+    roots = [math.sqrt(std) for std in _STD_RGB]
+    offset = [255 * mean * (1 - 1 / root) for mean, root in zip(_MEAN_RGB, roots)]
+    return _rescaled(images, [1 / root for root in roots], offset)
 
 
 # Each takes and returns a tensor (B, S, S, 3). Operations and built-in layers
 # only: a saved network has to load without any code of ours.
-PREPROCESSING = {"caffe": _caffe, "symmetric": _symmetric}
+PREPROCESSING = {
+    "none": lambda images: images,
+    "unit": _unit,
+    "symmetric": _symmetric,
+    "caffe": _caffe,
+    "torch": _torch,
+    "efficientnet": _efficientnet,
+}
 
 
-def assemble(cfg, num_classes):
-    """Builds a Network without pretrained weights; see `models.assemble`."""
+def assemble(cfg: Config, num_classes: int):
+    """Returns a models.Network without pretrained weights, as `models.assemble` describes it."""
+    row = MODELS[cfg.model_name]
     images = keras.Input((cfg.input_size, cfg.input_size, 3), name="images")
-    preprocessed = PREPROCESSING[BACKBONES[cfg.model_name].preprocessing](images)
-    backbone, features = _FEATURES[cfg.model_name](preprocessed)
-    features = keras.layers.Dropout(cfg.dropout, name="dropout")(features)  # (B, C)
+    preprocessed = PREPROCESSING[row.preprocessing](images)
+    if row.constructor:
+        backbone, features = _application_features(row, cfg.model_alpha, preprocessed)
+    else:
+        backbone, features = _vit_features(preprocessed)
+    return with_head(models.short_name(cfg), images, backbone, features, num_classes, cfg.dropout)
+
+
+def with_head(name: str, images, backbone: keras.Model, features, num_classes: int, dropout: float, dropout_name="dropout"):
+    """Returns the models.Network of a backbone under a new head.
+
+    Args:
+        name: str. The name of the Keras model.
+        images: KerasTensor of shape (B, S, S, 3), the input.
+        backbone: keras.Model.
+        features: KerasTensor of shape (B, C), computed from `images`.
+        num_classes: int. Width of the head.
+        dropout: float. Rate before the head.
+        dropout_name: str. Name of that layer.
+    """
+    features = keras.layers.Dropout(dropout, name=dropout_name)(features)
     head = keras.layers.Dense(num_classes, name="head")
-    model = keras.Model(images, head(features), name=cfg.model_name)
-    return Network(
+    return network_of(keras.Model(images, head(features), name=name), head, backbone)
+
+
+def network_of(model: keras.Model, head: keras.Layer, backbone: keras.Model):
+    """Returns the models.Network of a model whose layers can all train."""
+    return models.Network(
         model=model,
         head=head,
         candidates=find_candidates(model),
@@ -43,22 +111,29 @@ def assemble(cfg, num_classes):
     )
 
 
-def _cnn_features(application):
-    """Returns a builder around one constructor of keras.applications.
+def _application_features(row, alpha, preprocessed):
+    """Returns a network of keras.applications, a keras.Model, and its features (B, C).
 
-    Given the preprocessed tensor as its input, it adds its layers to our graph
-    one by one, so that `model.layers` lists them all and any of their outputs
-    can be an output of a user's own model.
+    The preprocessed tensor is its input, so that the layers are added to our graph one by
+    one: `model.layers` lists them all, and any of their outputs can be an output of a
+    user's own model.
     """
-
-    def features(preprocessed):
-        backbone = application(
-            include_top=False, weights=None, input_tensor=preprocessed, input_shape=tuple(preprocessed.shape[1:])
+    arguments = {} if alpha is None else {"alpha": alpha}
+    with _names_from_the_start():
+        backbone = getattr(keras.applications, row.constructor)(
+            include_top=False,
+            weights=None,
+            input_tensor=preprocessed,
+            input_shape=tuple(preprocessed.shape[1:]),
+            pooling=row.pooling,
+            **arguments,
         )
-        pooled = keras.layers.GlobalAveragePooling2D(name="pool")(backbone.output)
-        return backbone, pooled
+    return backbone, pooled(backbone.output)
 
-    return features
+
+def pooled(features):
+    """Returns a tensor (B, C): global averages of maps (B, H, W, C), vectors as they are."""
+    return keras.layers.GlobalAveragePooling2D(name="pool")(features) if len(features.shape) == 4 else features
 
 
 def _vit_features(preprocessed):
@@ -69,11 +144,19 @@ def _vit_features(preprocessed):
     return backbone, tokens[:, 0]
 
 
-# Each takes a tensor (B, S, S, 3) and returns the backbone, a keras.Model, and
-# its features (B, C).
-_FEATURES = {
-    "resnet50": _cnn_features(keras.applications.ResNet50),
-    "vgg16": _cnn_features(keras.applications.VGG16),
-    "mobilenetv2": _cnn_features(keras.applications.MobileNetV2),
-    "vit": _vit_features,
-}
+@contextlib.contextmanager
+def _names_from_the_start() -> Iterator[None]:
+    """Numbers the layers that keras.applications leaves unnamed from the start.
+
+    Otherwise their names, and with them the paths in selection.json, would depend on what
+    else the process has built.
+    """
+    key = "object_name_uids"
+    before = global_state.get_global_attribute(key) or {}
+    inside: dict = collections.defaultdict(int)
+    global_state.set_global_attribute(key, inside)
+    try:
+        yield
+    finally:
+        both = {name: max(before.get(name, 0), inside.get(name, 0)) for name in {**before, **inside}}
+        global_state.set_global_attribute(key, collections.defaultdict(int, both))

@@ -104,12 +104,17 @@ def flattened(model: keras.Model) -> keras.Model:
     """Returns a functional model on the same layers in which composite layers are replaced by their parts.
 
     Args:
-        model: keras.Model, functional. Returned as it is if it contains no composite layer.
+        model: keras.Model, functional. Returned as it is if it contains no composite layer, or if
+            parts of two of them have the same name.
     """
     if not any(_parts(node.operation) for node in _nodes_in_order(model)):
         return model
     image = keras.Input(batch_shape=model.inputs[0].shape, dtype=model.inputs[0].dtype)
-    return keras.Model(image, _recalled(model, image), name=model.name)
+    output = _recalled(model, image)
+    try:
+        return keras.Model(image, output, name=model.name)
+    except ValueError:  # layers of two nested models have the same name
+        return model
 
 
 def _recalled(model, image):
@@ -132,15 +137,20 @@ def _vit_encoder(encoder, tokens):
 
 def _parts(operation):
     """Returns the function that computes a composite layer part by part, or None for any other layer."""
-    if isinstance(operation, keras.Model):
-        return _recalled
+    if isinstance(operation, keras.Model) and hasattr(_graph(operation), "_nodes_by_depth"):
+        return _recalled if len(operation.inputs) == len(operation.outputs) == 1 else None
     return {"ViTEncoder": _vit_encoder}.get(type(operation).__name__)
 
 
 def _nodes_in_order(model):
     """Returns the nodes of a functional model in the order in which it computes them, without the inputs."""
-    by_depth = model._nodes_by_depth
+    by_depth = _graph(model)._nodes_by_depth
     return [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth] if not node.is_input]
+
+
+def _graph(model):
+    """Returns the functional model that a Sequential holds, or the model itself."""
+    return getattr(model, "_functional", None) or model
 
 
 def _changes(operation):

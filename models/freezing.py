@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Collection
 
-from core.errors import RunError
+from core.errors import RunError, UsageError
 
 
 def freeze(network, trained_weights: Collection[str]) -> None:
@@ -31,6 +32,32 @@ def freeze(network, trained_weights: Collection[str]) -> None:
         raise RunError(
             f"the trained weights must be the selected ones. Received: a difference in {sorted(training ^ wanted)[:3]}."
         )
+
+
+def freeze_model(model, selection) -> None:
+    """Makes exactly the weights of a selection trainable, in any Keras model.
+
+    Compile the model afterwards: `fit` then trains these weights alone. The mode of batch
+    normalization does not change.
+
+    Args:
+        model: keras.Model, the one that was ranked, or an equal one.
+        selection: Selection, or a collection of str: paths of weights.
+
+    Raises:
+        UsageError: if a path belongs to no weight of the model, or to several.
+    """
+    wanted = set(getattr(selection, "trained_weights", selection))
+    paths = collections.Counter(weight.path for weight in model.weights)
+    wrong = sorted(path for path in wanted if paths[path] != 1)
+    if wrong:
+        raise UsageError(
+            f"each selected path must belong to one weight of the model. Received: {', '.join(wrong[:3])}, which belongs "
+            f"to {paths[wrong[0]]}; rank and freeze the same model, with unique layer names."
+        )
+    for weight in model.weights:
+        if weight.trainable or weight.path in wanted:
+            weight.trainable = weight.path in wanted
 
 
 def changing_variables(network) -> list:

@@ -8,11 +8,14 @@ import io
 import logging
 import os
 import sys
+from dataclasses import replace
 
 import keras
 
 from core import reachability
+from core.config import Config
 from models import weight_files
+from models.table import MODELS, Imagenet
 
 log = logging.getLogger("adabet")
 
@@ -21,37 +24,51 @@ class Unavailable(Exception):
     """ImageNet weights are unavailable; the message gives the reason."""
 
 
-def file_hash(path, algorithm="sha256"):
+def file_hash(path: str, algorithm: str = "sha256") -> str:
     """Returns the hexadecimal digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-def weights_url(source, input_size):
+def source_of(cfg: Config) -> Imagenet:
+    """Returns where the ImageNet weights of a known network come from, at its width."""
+    row = MODELS[cfg.model_name]
+    if not row.alphas:
+        return row.imagenet
+    text, checksum = row.alphas[cfg.model_alpha or 1.0]
+    return replace(row.imagenet, url=row.imagenet.url.replace("{alpha}", text), checksum=checksum)
+
+
+def weights_url(source: Imagenet, input_size: int) -> str:
     """Returns the address of the weights for images of `input_size` pixels."""
     if not source.sizes:
         return source.url
     # Convolutions accept any size. A size without a file of its own uses the largest, as in Keras.
     size = input_size if input_size in source.sizes else source.sizes[-1]
-    return source.url.format(size=size)
+    return source.url.replace("{size}", str(size))
 
 
-def fetch_file(source, input_size):
-    """Returns the path of the ImageNet weights file in Keras's cache.
+def _algorithm(checksum):
+    """Returns the algorithm of a hexadecimal checksum, by its length."""
+    return "sha256" if len(checksum) == 64 else "md5"
+
+
+def fetch_file(source: Imagenet, input_size: int) -> str:
+    """Returns the path of the ImageNet weights file in Keras' cache.
 
     Args:
-        source: models.Imagenet with a url.
+        source: Imagenet with the address of a file.
         input_size: int. Pixels.
 
     Raises:
-        Unavailable: if not in the cache, and not to be downloaded.
+        Unavailable: if the file is not in the cache and cannot be downloaded.
     """
     url = weights_url(source, input_size)
     name = url.rpartition("/")[2]
     home = _keras_home()
     path = os.path.join(home, "models", name)
     present = os.path.isfile(path)
-    if present and source.md5 in (None, file_hash(path, "md5")):
+    if present and (source.checksum is None or source.checksum == file_hash(path, _algorithm(source.checksum))):
         return path
     _probe(url)
     log.info("Downloading %s", url)
@@ -59,7 +76,7 @@ def fetch_file(source, input_size):
     bar = sys.stderr if sys.stderr.isatty() else io.StringIO()
     with _failures_unavailable(url), contextlib.redirect_stdout(bar):
         return keras.utils.get_file(
-            name, url, file_hash=source.md5, cache_subdir="models", cache_dir=home, force_download=present
+            name, url, file_hash=source.checksum, cache_subdir="models", cache_dir=home, force_download=present
         )
 
 
@@ -67,11 +84,11 @@ def _keras_home():
     return os.environ.get("KERAS_HOME") or os.path.join(os.path.expanduser("~"), ".keras")
 
 
-def files_to_fetch(source, input_size):
-    """Returns [(url, path)]: what there is to download, and where each file can be put by hand.
+def files_to_fetch(source: Imagenet, input_size: int) -> list[tuple[str, str]]:
+    """Returns [(url, path)] of the files to download, and where each can be saved by hand.
 
     Args:
-        source: models.Imagenet.
+        source: Imagenet.
         input_size: int. Pixels.
     """
     if not source.preset:
@@ -83,17 +100,17 @@ def files_to_fetch(source, input_size):
     return [(page, os.path.join(folder, name)) for name in ("config.json", "model.weights.h5")]
 
 
-def fetch_preset(source):
+def fetch_preset(source: Imagenet) -> tuple[list, str]:
     """Returns the layers of a keras-hub preset and the path of its weights file.
 
     Args:
-        source: models.Imagenet with a preset.
+        source: Imagenet with a preset.
 
     Returns:
         A list of StoredLayer and a str.
 
     Raises:
-        Unavailable: if not in the cache, and not to be downloaded.
+        Unavailable: if the preset is not in the cache and cannot be downloaded.
     """
     from models import vit
 

@@ -1,5 +1,7 @@
 """ViT-B/16 on keras-hub, at any input size that is a multiple of the patch."""
 
+from __future__ import annotations
+
 import os
 
 import keras_hub
@@ -22,7 +24,7 @@ HYPERPARAMETERS = {
 }
 
 
-def make_backbone(input_size):
+def make_backbone(input_size: int):
     """Returns a keras_hub ViTBackbone with random weights for square images.
 
     Args:
@@ -31,21 +33,21 @@ def make_backbone(input_size):
     return keras_hub.models.ViTBackbone(image_shape=(input_size, input_size, 3), name="backbone", **HYPERPARAMETERS)
 
 
-def preset_folder(preset):
+def preset_folder(preset: str) -> str:
     """Returns the folder in which kagglehub keeps `preset`, present or not."""
     handle = keras_hub.models.ViTBackbone.presets[preset]["kaggle_handle"]
     cache = os.environ.get("KAGGLEHUB_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "kagglehub")
     return os.path.join(cache, "models", *handle.removeprefix("kaggle://").split("/"))
 
 
-def preset_page(preset):
+def preset_page(preset: str) -> str:
     """Returns the address of the page that offers `preset` for download."""
     handle = keras_hub.models.ViTBackbone.presets[preset]["kaggle_handle"]
     owner, model, framework, variation, version = handle.removeprefix("kaggle://").split("/")
     return f"https://www.kaggle.com/models/{owner}/{model}/{framework}/{variation}/{version}"
 
 
-def load_preset(preset):
+def load_preset(preset: str):
     """Returns the pretrained ViTBackbone of a preset's name or folder.
 
     Raises:
@@ -64,7 +66,7 @@ def load_preset(preset):
     return backbone
 
 
-def resize_position_embedding(embedding, num_positions):
+def resize_position_embedding(embedding: np.ndarray, num_positions: int) -> np.ndarray | None:
     """Interpolates a position embedding to another number of patches.
 
     The class token's row, the first, is kept; the others are a square grid,
@@ -76,7 +78,7 @@ def resize_position_embedding(embedding, num_positions):
         num_positions: int. 1 + G * G.
 
     Returns:
-        float32 array of shape (1 + G * G, hidden), or None where either count
+        float32 array of shape (1 + G * G, hidden), or None if either count
         is not that of a class token and a square grid.
     """
     old, new = grid_side(len(embedding)), grid_side(num_positions)
@@ -89,8 +91,8 @@ def resize_position_embedding(embedding, num_positions):
     return np.concatenate([embedding[:1], resized.reshape(new * new, -1)]).astype("float32")
 
 
-def grid_side(num_positions):
-    """Returns g where `num_positions` is 1 + g * g, or None."""
+def grid_side(num_positions: int) -> int | None:
+    """Returns g if `num_positions` is 1 + g * g, or None."""
     side = round((num_positions - 1) ** 0.5)
     return side if side > 0 and side * side == num_positions - 1 else None
 

@@ -13,12 +13,15 @@ The content distinguishes two layouts, because users rename files:
   layers' names as attributes.
 """
 
+from __future__ import annotations
+
 import contextlib
 import itertools
 import json
 import re
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import h5py
@@ -26,11 +29,11 @@ import h5py
 from core.errors import UsageError
 
 _ARCHIVE_WEIGHTS = "model.weights.h5"
-_ARCHIVE_CONFIG = "config.json"
-_MAX_CONFIG_BYTES = 64 * 2**20  # real files have less than 1 MB
+ARCHIVE_CONFIG = "config.json"
+MAX_CONFIG_BYTES = 64 * 2**20  # real files have less than 1 MB
 
 # What h5py, zipfile and json raise for damaged files.
-_DAMAGED = (OSError, RuntimeError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (OSError, RuntimeError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,9 @@ class StoredLayer:
 
     Attributes:
         name: str. Layer names from the outermost to its own, joined by ``/``.
-        structure: str or None. Where Keras's structural layout has it.
+        structure: str or None. Its place in Keras' structural layout.
         weights: dict of arrays or h5py datasets, in the layer's order, by weight
-            name, or by number where the file has no names.
+            name, or by number if the file has no names.
     """
 
     name: str
@@ -50,8 +53,8 @@ class StoredLayer:
 
 
 @contextlib.contextmanager
-def open_layers(path):
-    """Opens a weights file and gives its layers, a list of StoredLayer.
+def open_layers(path: str) -> Iterator[list[StoredLayer]]:
+    """Provides the layers of a weights file, a list of StoredLayer.
 
     The arrays are read on use, within the context.
 
@@ -69,11 +72,11 @@ def open_layers(path):
                 source, names = path, {}
             file = stack.enter_context(h5py.File(source, "r"))
             yield _layers(file, names)
-    except _DAMAGED as error:
+    except DAMAGED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(
-            f"--weights needs an intact Keras weights file; received {path}, which is damaged "
-            f"or no such file ({reason}); save or download it again"
+            f"--weights needs an intact Keras weights file. Received: {path}, which is damaged or no such file "
+            f"({reason}); save or download it again."
         ) from error
 
 
@@ -83,9 +86,9 @@ def _open_archive(stack, path):
     with archive.open(_ARCHIVE_WEIGHTS) as member:
         while member.read(2**20):  # reading to the end verifies the checksum
             pass
-    if archive.getinfo(_ARCHIVE_CONFIG).file_size > _MAX_CONFIG_BYTES:
-        raise ValueError(f"{_ARCHIVE_CONFIG} is too large")
-    names = dict(_configured_names(json.loads(archive.read(_ARCHIVE_CONFIG))))
+    if archive.getinfo(ARCHIVE_CONFIG).file_size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{ARCHIVE_CONFIG} is too large")
+    names = dict(_configured_names(json.loads(archive.read(ARCHIVE_CONFIG))))
     return stack.enter_context(archive.open(_ARCHIVE_WEIGHTS)), names
 
 
@@ -196,14 +199,14 @@ def _stored_name(root, structure, names):
     return "/".join(found)
 
 
-def snake_case(class_name):
-    """Returns Keras's file name of a class: BatchNormalization, batch_normalization."""
+def snake_case(class_name: str) -> str:
+    """Returns Keras' file name of a class: BatchNormalization, batch_normalization."""
     words = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", re.sub(r"\W+", "", class_name))
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", words).lower()
 
 
-def numbered(name, count):
-    """Returns `name`, the second time ``name_1``, and so on; `count` remembers."""
+def numbered(name: str, count: dict) -> str:
+    """Returns `name`, then `name_1` and so on; `count` holds how often each was given."""
     number = count.get(name, 0)
     count[name] = number + 1
     return f"{name}_{number}" if number else name

@@ -11,7 +11,7 @@ import numpy as np
 
 from core.config import Config
 from core.errors import RunError, UsageError
-from models import BACKBONES, imagenet, weight_files
+from models import imagenet, keras_file, weight_files
 
 log = logging.getLogger("adabet")
 
@@ -37,7 +37,7 @@ def load(backbone: keras.Model, cfg: Config) -> dict:
 
     Args:
         backbone: keras.Model without head.
-        cfg: config.Config. Reads model_name, input_size and weights.
+        cfg: Config. Reads model_name, model_alpha, input_size and weights.
 
     Returns:
         dict, the provenance, as in `models.Network`.
@@ -46,6 +46,9 @@ def load(backbone: keras.Model, cfg: Config) -> dict:
         UsageError: if the file is damaged, or fits less than half of the backbone.
         RunError: if `imagenet` is requested and unavailable.
     """
+    if cfg.weights == "auto" and keras_file.is_path(cfg.model_name):  # its weights came with it
+        targets = target_layers(backbone)
+        return _provenance("file", targets, len(targets), os.path.expanduser(cfg.model_name))
     return _SOURCES.get(cfg.weights, _load_file)(backbone, cfg)
 
 
@@ -86,7 +89,7 @@ _SOURCES = {"auto": _load_auto, "imagenet": _load_imagenet, "none": _load_nothin
 
 
 def _imagenet(backbone, cfg):
-    source = BACKBONES[cfg.model_name].imagenet
+    source = imagenet.source_of(cfg)
     if source.preset:
         stored, path = imagenet.fetch_preset(source)
         return _assign(backbone, stored, "imagenet", path)
@@ -117,6 +120,9 @@ def _assign(backbone, stored, source, path):
                     "holds NaN or infinite values; save or download it again."
                 )
             variable.assign(values)
+    for layer in backbone._flatten_layers(include_self=False):
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()  # it computes with a copy of its weights
     missing = sorted({t.name for t in targets} - {t.name for t, _ in matches})
     note = f"not matched, left random: {', '.join(missing)}" if missing else None
     log.log(logging.WARNING if missing else logging.INFO, "Weights: %s from %s", counts, path)
@@ -150,8 +156,8 @@ def target_layers(backbone: keras.Model) -> list[TargetLayer]:
 def _structure(layer, path, seen):
     """Yields (path, layer) for `layer` and all below it, outermost first.
 
-    The paths are those of Keras's own files: a model's layers are numbered per
-    class, an inner layer goes by the attribute that holds it, public ones first.
+    The paths are those of Keras' own files: a model's layers are numbered per class, and
+    an inner layer has the name of the attribute that holds it, public ones first.
     """
     if id(layer) in seen:
         return
@@ -182,12 +188,12 @@ def _own_attributes(layer):
 def _attribute(layer, name):
     try:
         return getattr(layer, name)
-    except Exception:  # properties may raise anything; then they hold no layer for us
+    except Exception:  # a property can raise anything; such a one holds no layer
         return None
 
 
-def match(targets, stored):
-    """Pairs layers with stored ones, by name or by structure, whichever finds more.
+def match(targets: list[TargetLayer], stored: list[weight_files.StoredLayer]) -> list:
+    """Pairs layers with stored ones, by name, by structure or by order, whichever finds most.
 
     Args:
         targets: list of TargetLayer.
@@ -196,7 +202,7 @@ def match(targets, stored):
     Returns:
         list of (TargetLayer, list of arrays in the order of its variables).
     """
-    return max(_match_names(targets, stored), _match_structure(targets, stored), key=len)
+    return max((find(targets, stored) for find in (_match_names, _match_structure, _match_order)), key=len)
 
 
 def _match_names(targets, stored):
@@ -231,6 +237,18 @@ def _match_structure(targets, stored):
     return best
 
 
+def _match_order(targets, stored):
+    """Pairs the layers of a legacy file in its order, all or none, as Keras itself reads it.
+
+    Some networks of keras.applications have automatic names, which differ from file to file.
+    """
+    in_order = list({id(layer.weights): layer for layer in stored if not layer.structure}.values())
+    if len(in_order) != len(targets):
+        return []
+    pairs = [(target, _arrays(target.variables, layer.weights)) for target, layer in zip(targets, in_order)]
+    return pairs if all(arrays is not None for _, arrays in pairs) else []
+
+
 def _arrays(variables, weights):
     """Returns the stored arrays in the order of `variables`, or None where they do not fit."""
     named = {_MODERN_NAMES.get(name, name): array for name, array in weights.items()}
@@ -249,7 +267,7 @@ def _is_position_embedding(variable):
 
 
 def _fits(array, variable):
-    if array.dtype.kind != "f":
+    if array.dtype.kind != "f" and not (array.dtype.kind in "iu" and "int" in variable.dtype):
         return False
     if array.shape == tuple(variable.shape):
         return True

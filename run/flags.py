@@ -16,7 +16,7 @@ from core.config import Config
 from core.errors import UsageError
 from core.strategy import check as check_strategy
 from data import dataset_row
-from models import check_input_size, check_weights
+from models import check_flags, default_input_size, keras_file
 from run import folder as run_folder
 from run.parser import INTERVAL, NUM_BETTI_BATCHES, TIMINGS, make_parser
 from selection import ALIASES, SCHEMES, SELECTION_FLAGS
@@ -128,7 +128,8 @@ def resolve(args: argparse.Namespace) -> Config:
         "interval": INTERVAL,
         "timing": TIMINGS[0],
         "learning_rate": scheme.learning_rate,
-        "input_size": dataset.input_size,
+        "input_size": default_input_size(args.model_name, dataset.input_size),
+        "preprocessing": "none" if keras_file.is_path(args.model_name) else None,
         "num_epochs": dataset.num_epochs,
     }
     for flag in SELECTION_FLAGS - scheme.reads:
@@ -136,9 +137,8 @@ def resolve(args: argparse.Namespace) -> Config:
     if given["memory_budget_mb"] is not None:
         defaults["rho"] = None  # the memory budget takes its place
     given.update({flag: value for flag, value in defaults.items() if given[flag] is None})
-    check_input_size(args.model_name, given["input_size"])
-    check_weights(args.weights)
     cfg = Config(**given)
+    check_flags(cfg)
     check_strategy(cfg, reselects="interval" in scheme.reads)
     caching.check(cfg)
     return cfg

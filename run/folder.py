@@ -22,13 +22,14 @@ from core.config import Config
 from core.errors import RunError, UsageError
 from core.files import CHECKPOINTS, PARTIAL, write_whole
 from data import path_name
+from models import short_name
 
 log = logging.getLogger("adabet")
 
 # Flags that only say where a run writes and how much it prints.
 _WITHOUT_EFFECT = {
     "log_dir", "run_name", "resume", "checkpoint_minutes", "save_model", "save_txt", "select_only", "list_layers",
-    "debug", "data_dir", "prepare_only", "cache_dir", "cache_limit_gb", "clear_cache",
+    "list_models", "debug", "data_dir", "prepare_only", "cache_dir", "cache_limit_gb", "clear_cache",
 }  # fmt: skip
 MAX_NAME_BYTES = 200  # file systems take 255; a temporary file of RUN_NAME.txt has a longer name
 _LIBRARIES = ("tensorflow", "keras", "keras-hub", "tensorflow-datasets", "gudhi", "numpy", "scipy", "scikit-learn")
@@ -277,7 +278,7 @@ def _candidate_paths(cfg, log_dir):
     if cfg.run_name is not None:
         yield log_dir / cfg.run_name
         return
-    parts = [cfg.model_name, path_name(cfg.dataset_name), cfg.train_type]
+    parts = [short_name(cfg), path_name(cfg.dataset_name), cfg.train_type]
     if cfg.rho is not None:
         parts.append(f"rho{cfg.rho:g}")
     name = "_".join([*parts, f"seed{cfg.seed}"])

@@ -14,7 +14,8 @@ from core.config import Config
 from core.strategy import STRATEGIES
 from core.version import VERSION
 from data import DATASETS, dataset_row
-from models import BACKBONES
+from models import known_name
+from models.table import BACKBONES, FILE_PREPROCESSING, MODELS
 from selection import ALIASES, SCHEMES
 from selection.betti import MIN_POINTS
 from training import caching
@@ -48,7 +49,36 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_network(group):
     group.add_argument(
-        "--model_name", choices=BACKBONES, default=Config.model_name, help=f"{_rows(BACKBONES)}\n{_DEFAULT}"
+        "--model_name",
+        type=_model_name,
+        default=Config.model_name,
+        metavar="NAME|PATH.keras",
+        help=f"{_rows(BACKBONES)}\nor another classifier of keras.applications (--list_models: all {len(MODELS)}),\n"
+        f"or a functional or Sequential model of your own in a .keras file\n{_DEFAULT}",
+    )
+    group.add_argument(
+        "--model_alpha",
+        type=_real(0, math.inf, open_low=True, open_high=True),
+        metavar="ALPHA",
+        help="width of a MobileNet (--list_models: which; default: 1)",
+    )
+    group.add_argument("--list_models", **_switch(False), help="print all names of --model_name, and stop")
+    group.add_argument(
+        "--custom_objects",
+        metavar="MODULE:NAME,...",
+        help="custom classes of PATH.keras; only these are imported",
+    )
+    group.add_argument(
+        "--keep_head",
+        **_switch(False),
+        help="keep the classification layer of PATH.keras, without its softmax, if it is as wide as\nthe data have "
+        "classes (default: a new head replaces it)",
+    )
+    group.add_argument(
+        "--preprocessing",
+        choices=FILE_PREPROCESSING,
+        help="what PATH.keras expects; none: RGB in 0..255; unit: 0..1; symmetric: -1..1;\ncaffe: BGR minus the mean; "
+        "torch: mean 0 and standard deviation 1 (default: none)",
     )
     group.add_argument(
         "--weights",
@@ -287,6 +317,13 @@ def _boolean(text):
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"must be true or false (also 1, yes, 0, no). Received: {text!r}")
     return values[text.lower()]
+
+
+def _model_name(text):
+    try:
+        return known_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _integer(least: int, accept_float: bool = False) -> Callable[[str], int]:

@@ -365,7 +365,7 @@ def test_layers_accepts_the_printed_list(tmp_path, tiny):
 FOLDER = ["--dataset_name", "image_folder", "--image_dir"]
 # What is wrong -> (flags, with {tmp} for the test's folder; what the line has to say).
 BAD_INPUT = {
-    "unknown model": (["--model_name", "resnet"], "invalid choice: 'resnet'"),
+    "unknown model": (["--model_name", "resnet"], "the closest: resnet"),
     "unknown scheme": (["--train_type", "betti"], "invalid choice: 'betti'"),
     "unknown data set": (["--dataset_name", "digit"], "digits"),
     "rho 0": (["--rho", "0"], "over 0"),

@@ -391,10 +391,10 @@ def test_cached_imagenet_needs_no_network(offline, whole_files, bare, tmp_path):
 
 def test_cached_file_with_a_wrong_checksum_is_not_used(offline, whole_files, tmp_path, monkeypatch):
     path = cache(tmp_path, whole_files)
-    row = models.BACKBONES["mobilenetv2"]
+    row = models.MODELS["mobilenetv2"]
     for md5, source in [("0" * 32, "none"), (imagenet.file_hash(path, "md5"), "imagenet")]:
-        changed = dataclasses.replace(row, imagenet=dataclasses.replace(row.imagenet, md5=md5))
-        monkeypatch.setitem(models.BACKBONES, "mobilenetv2", changed)
+        changed = dataclasses.replace(row, alphas={1.0: ("1.0", md5)})
+        monkeypatch.setitem(models.MODELS, "mobilenetv2", changed)
         assert build("auto").provenance["source"] == source
 
 
@@ -430,28 +430,6 @@ def test_failing_download_is_like_no_network(offline, monkeypatch):
     assert build("auto").provenance["source"] == "none"
     with pytest.raises(RunError, match="503"):
         build("imagenet")
-
-
-class Asked(Exception):
-    """Stops keras.applications where it would download."""
-
-
-@pytest.mark.parametrize(
-    "model_name, constructor, sizes",
-    [("resnet50", "ResNet50", [32]), ("vgg16", "VGG16", [32]), ("mobilenetv2", "MobileNetV2", [96, 224])],
-)
-def test_table_names_the_files_of_keras_applications(monkeypatch, model_name, constructor, sizes):
-    from keras.src.utils import file_utils  # where keras.applications looks get_file up
-
-    def get_file(name, origin, file_hash=None, **_):
-        raise Asked(origin, file_hash)
-
-    monkeypatch.setattr(file_utils, "get_file", get_file)
-    source = models.BACKBONES[model_name].imagenet
-    for size in sizes:
-        with pytest.raises(Asked) as asked:
-            getattr(keras.applications, constructor)(include_top=False, input_shape=(size, size, 3))
-        assert asked.value.args == (imagenet.weights_url(source, size), source.md5)
 
 
 # ViT.

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from core.errors import UsageError
 from data import path_name
+from models import short_name
 from sweeping.plan import Run, is_done
 
 
@@ -129,8 +130,11 @@ def prepare(runs: list[Run], args, program: Sequence[str], board) -> list[Run]:
         data_set = {"dataset_name": cfg.dataset_name, "data_dir": cfg.data_dir, "image_dir": cfg.image_dir}
         steps = [(path_name(cfg.dataset_name), {**data_set, "weights": "none"})]
         if cfg.weights == "imagenet":
-            network = {"model_name": cfg.model_name, "input_size": cfg.input_size, "weights": cfg.weights}
-            steps.append((f"{cfg.model_name}_{cfg.input_size}", {**data_set, **network}))
+            network = {
+                "model_name": cfg.model_name, "model_alpha": cfg.model_alpha, "input_size": cfg.input_size,
+                "weights": cfg.weights,
+            }  # fmt: skip
+            steps.append((f"{short_name(cfg)}_{cfg.input_size}", {**data_set, **network}))
         for what, given in steps:
             if what not in lacking:
                 argv = [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]

@@ -15,7 +15,7 @@ from pathlib import Path
 from core.config import Config
 from core.errors import UsageError
 from data import DATASETS, path_name
-from models import BACKBONES
+from models import BACKBONES, short_name
 from run import flags
 from run.folder import decisive, differing_flags, finished_summary, recorded
 from selection import ALIASES, SCHEMES
@@ -28,8 +28,8 @@ ADABET_AND_BASELINES = (
 # finished run.
 NOT_PASSED_ON = {
     "--model_name": "--models", "--dataset_name": "--datasets", "--train_type": "--train_types", "--rho": "--rhos",
-    "--seed": "--seeds", "--run_name": None, "--select_only": None, "--list_layers": None, "--prepare_only": None,
-    "--resume": None,
+    "--seed": "--seeds", "--run_name": None, "--select_only": None, "--list_layers": None, "--list_models": None,
+    "--prepare_only": None, "--resume": None,
 }  # fmt: skip
 
 
@@ -52,7 +52,7 @@ class Run:
         differing = {key: value for key, value in decisive(asdict(cfg)).items() if value != getattr(plain, key)}
         digest = hashlib.sha256(json.dumps(differing, sort_keys=True, default=str).encode()).hexdigest()[:6]
         rho = [] if cfg.rho is None else [f"rho{cfg.rho:g}"]
-        return "_".join([cfg.model_name, path_name(cfg.dataset_name), cfg.train_type, *rho, f"seed{cfg.seed}", digest])
+        return "_".join([short_name(cfg), path_name(cfg.dataset_name), cfg.train_type, *rho, f"seed{cfg.seed}", digest])
 
     @property
     def argv(self) -> list[str]:
