@@ -44,8 +44,8 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
 
     print(
-        f"{'model':<18} {'px':>3} {'layers':>6} {'budget':>6} {'selection/forward':>17} {'measured':>9} {'estimated':>9} "
-        f"{'error':>6}",
+        f"{'model':<18} {'px':>3} {'layers':>6} {'budget':>6} {'selection/forward':>17} {'measured':>9} "
+        f"{'estimated':>9} {'error':>6}",
         flush=True,
     )
     rows = []

@@ -128,7 +128,7 @@ def check_flags(cfg: Config) -> None:
         given = [name for name in _OF_FILES if getattr(cfg, name)]
         if given:
             raise UsageError(
-                f"--{given[0]} belongs to --model_name PATH.keras. Received: --model_name {cfg.model_name}; leave it out."
+                f"--{given[0]} needs --model_name PATH.keras. Received: --model_name {cfg.model_name}; leave it out."
             )
         widths = MODELS[cfg.model_name].alphas
         if cfg.model_alpha is not None and cfg.model_alpha not in widths:
@@ -150,8 +150,8 @@ def check_input_size(model_name: str, input_size: int) -> None:
         fixed = keras_file.check(model_name)
         if fixed not in (None, input_size):
             raise UsageError(
-                f"--input_size must be the {fixed} pixels that the model fixes. Received: {input_size} for {model_name}; "
-                "leave it out."
+                f"--input_size must be the {fixed} pixels that the model fixes. Received: {input_size} for "
+                f"{model_name}; leave it out."
             )
         return
     row = MODELS[model_name]

@@ -83,7 +83,9 @@ def assemble(cfg: Config, num_classes: int):
     return with_head(models.short_name(cfg), images, backbone, features, num_classes, cfg.dropout)
 
 
-def with_head(name: str, images, backbone: keras.Model, features, num_classes: int, dropout: float, dropout_name="dropout"):
+def with_head(
+    name: str, images, backbone: keras.Model, features, num_classes: int, dropout: float, dropout_name: str = "dropout"
+):
     """Returns the models.Network of a backbone under a new head.
 
     Args:

@@ -52,8 +52,8 @@ def freeze_model(model, selection) -> None:
     wrong = sorted(path for path in wanted if paths[path] != 1)
     if wrong:
         raise UsageError(
-            f"each selected path must belong to one weight of the model. Received: {', '.join(wrong[:3])}, which belongs "
-            f"to {paths[wrong[0]]}; rank and freeze the same model, with unique layer names."
+            f"each selected path must belong to one weight of the model. Received: {wrong[0]}, which belongs to "
+            f"{paths[wrong[0]]}; rank and freeze the same model, with unique layer names."
         )
     for weight in model.weights:
         if weight.trainable or weight.path in wanted:

@@ -46,8 +46,8 @@ def check(path: str) -> int | None:
     layers = settings.get("layers") if isinstance(settings, dict) else None
     if not isinstance(layers, list):
         raise UsageError(
-            f"--model_name needs a functional or Sequential model. Received: {path}, a {config.get('class_name')}; save "
-            "keras.Model(model.inputs, model.outputs) instead."
+            f"--model_name needs a functional or Sequential model. Received: {path}, a {config.get('class_name')}; "
+            "save keras.Model(model.inputs, model.outputs) instead."
         )
     inputs = [layer for layer in layers if isinstance(layer, dict) and layer.get("class_name") == "InputLayer"]
     shapes = [_batch_shape(layer) for layer in inputs]
@@ -86,7 +86,8 @@ def _read_config(path: str) -> dict:
             raise ValueError(f"{ARCHIVE_CONFIG} describes no model")
     except DAMAGED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"{rule}. Received: {path}, which is damaged or no such file ({reason}); save it again.") from None
+        message = f"{rule}. Received: {path}, which is damaged or no such file ({reason}); save it again."
+        raise UsageError(message) from None
     return config
 
 

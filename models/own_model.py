@@ -62,8 +62,9 @@ def assemble(cfg: Config, num_classes: int):
     if cfg.keep_head and _fits(classifier, activations, num_classes):
         logits = _logits(classifier, output)
         return backbones.network_of(keras.Model(images, logits, name=name), classifier, backbone)
-    features = backbones.pooled(output)
-    return backbones.with_head(name, images, backbone, features, num_classes, cfg.dropout, _free_name("dropout", backbone))
+    return backbones.with_head(
+        name, images, backbone, backbones.pooled(output), num_classes, cfg.dropout, _free_name("dropout", backbone)
+    )
 
 
 def _load(cfg):
@@ -78,8 +79,8 @@ def _load(cfg):
         raise UsageError(_why_not_loaded(cfg, error)) from error
     if not all(np.all(np.isfinite(weight)) for weight in model.weights):
         raise UsageError(
-            f"--model_name needs finite weights. Received: {cfg.model_name}, with NaN or infinite values; train or save "
-            "it again."
+            f"--model_name needs finite weights. Received: {cfg.model_name}, with NaN or infinite values; train or "
+            "save it again."
         )
     return model
 

@@ -157,7 +157,7 @@ def test_model_alpha_sets_the_width():
     [
         ({"model_name": "mobilenetv2", "model_alpha": 0.3}, "one of 0.35, 0.5, 0.75, 1, 1.3, 1.4"),
         ({"model_name": "resnet50", "model_alpha": 0.5}, "needs a MobileNet"),
-        ({"model_name": "resnet50", "keep_head": True}, "--keep_head belongs to"),
+        ({"model_name": "resnet50", "keep_head": True}, "--keep_head needs --model_name PATH"),
         ({"model_name": "xception", "input_size": 70}, "at least 71"),
     ],
 )
