@@ -64,9 +64,7 @@ def _add_network(group):
     )
     group.add_argument("--list_models", **_switch(False), help="print all names of --model_name, and stop")
     group.add_argument(
-        "--custom_objects",
-        metavar="MODULE:NAME,...",
-        help="custom classes of PATH.keras; only these are imported",
+        "--custom_objects", metavar="MODULE:NAME,...", help="custom classes of PATH.keras; only these are imported"
     )
     group.add_argument(
         "--keep_head",

@@ -54,7 +54,9 @@ def own_model(end="softmax", num_classes=10, size=16, seed=3):
         "logits": keras.layers.Dense(num_classes, name="logits"),
         "sigmoid": keras.layers.Dense(num_classes, activation="sigmoid", name="top"),
         "softmax layer": lambda x: keras.layers.Softmax()(keras.layers.Dense(num_classes, name="top")(x)),
-        "activation layer": lambda x: keras.layers.Activation("softmax")(keras.layers.Dense(num_classes, name="top")(x)),
+        "activation layer": lambda x: keras.layers.Activation("softmax")(
+            keras.layers.Dense(num_classes, name="top")(x)
+        ),
         "nested": keras.Sequential([keras.layers.Dense(num_classes, name="top"), keras.layers.Softmax()], name="end"),
         "convolution": lambda x: keras.layers.Softmax()(
             keras.layers.Flatten()(keras.layers.Conv2D(num_classes, 1, name="top")(x))
@@ -74,7 +76,9 @@ def save(tmp_path):
 
 
 def config(path, **settings):
-    return Config(**{"model_name": path, "custom_objects": OBJECTS, "input_size": 16, "preprocessing": "none", **settings})
+    return Config(
+        **{"model_name": path, "custom_objects": OBJECTS, "input_size": 16, "preprocessing": "none", **settings}
+    )
 
 
 def images(count=4, size=16):
@@ -125,9 +129,7 @@ def test_models_without_classifier_are_backbones(save, end, width):
     assert network.model(images()).shape == (4, 5)
 
 
-@pytest.mark.parametrize(
-    "end", ["softmax", "logits", "softmax layer", "activation layer", "nested", "convolution"]
-)
+@pytest.mark.parametrize("end", ["softmax", "logits", "softmax layer", "activation layer", "nested", "convolution"])
 def test_kept_head_gives_logits(save, end):
     model = own_model(end)
     network = models.build(config(save(model), keep_head=True), 10)
@@ -139,7 +141,9 @@ def test_kept_head_gives_logits(save, end):
     assert network.candidates[-1].layer is network.head
 
 
-@pytest.mark.parametrize("end, num_classes, reason", [("softmax", 9, "10 outputs"), ("sigmoid", 10, "sigmoid"), ("maps", 10, "no class")])
+@pytest.mark.parametrize(
+    "end, num_classes, reason", [("softmax", 9, "10 outputs"), ("sigmoid", 10, "sigmoid"), ("maps", 10, "no class")]
+)
 def test_unsuitable_head_is_replaced_with_a_warning(save, caplog, end, num_classes, reason):
     network = models.build(config(save(own_model(end)), keep_head=True), num_classes)
     assert network.head.name == "head" and network.model(images()).shape == (4, num_classes)
