@@ -131,40 +131,40 @@ APPLICATIONS = {
     ),
     **_family(
         "https://storage.googleapis.com/keras-applications/efficientnet{file}_notop.h5", "efficientnet", members={
-            "EfficientNetB0": (0, "b0", "50bc09e76180e00e4465e1a485ddc09d"),
-            "EfficientNetB1": (0, "b1", "74c4e6b3e1f6a1eea24c589628592432"),
-            "EfficientNetB2": (0, "b2", "111f8e2ac8aa800a7a99e3239f7bfb39"),
-            "EfficientNetB3": (0, "b3", "af6d107764bb5b1abb91932881670226"),
-            "EfficientNetB4": (0, "b4", "ebc24e6d6c33eaebbd558eafbeedf1ba"),
-            "EfficientNetB5": (0, "b5", "38879255a25d3c92d5e44e04ae6cec6f"),
-            "EfficientNetB6": (0, "b6", "9ecce42647a20130c1f39a5d4cb75743"),
-            "EfficientNetB7": (0, "b7", "cbcfe4450ddf6f3ad90b1b398090fe4a"),
+            "EfficientNetB0": (131, "b0", "50bc09e76180e00e4465e1a485ddc09d"),
+            "EfficientNetB1": (185, "b1", "74c4e6b3e1f6a1eea24c589628592432"),
+            "EfficientNetB2": (185, "b2", "111f8e2ac8aa800a7a99e3239f7bfb39"),
+            "EfficientNetB3": (209, "b3", "af6d107764bb5b1abb91932881670226"),
+            "EfficientNetB4": (257, "b4", "ebc24e6d6c33eaebbd558eafbeedf1ba"),
+            "EfficientNetB5": (311, "b5", "38879255a25d3c92d5e44e04ae6cec6f"),
+            "EfficientNetB6": (359, "b6", "9ecce42647a20130c1f39a5d4cb75743"),
+            "EfficientNetB7": (437, "b7", "cbcfe4450ddf6f3ad90b1b398090fe4a"),
         },
     ),
     **_family(
         "efficientnet_v2/efficientnetv2-{file}_notop.h5", "none", members={
-            "EfficientNetV2B0": (0, "b0", "893217f2bb855e2983157299931e43ff"),
-            "EfficientNetV2B1": (0, "b1", "0e80663031ca32d657f9caa404b6ec37"),
-            "EfficientNetV2B2": (0, "b2", "1dfe2e7a5d45b6632553a8961ea609eb"),
-            "EfficientNetV2B3": (0, "b3", "f6abf7b5849ac99a89b50dd3fd532856"),
-            "EfficientNetV2S": (0, "s", "af0682fb74e8c54910f2d4393339c070"),
-            "EfficientNetV2M": (0, "m", "1b8dc055df72dde80d614482840fe342"),
-            "EfficientNetV2L": (0, "l", "b0b66b5c863aef5b46e8608fe1711615"),
+            "EfficientNetV2B0": (151, "b0", "893217f2bb855e2983157299931e43ff"),
+            "EfficientNetV2B1": (185, "b1", "0e80663031ca32d657f9caa404b6ec37"),
+            "EfficientNetV2B2": (193, "b2", "1dfe2e7a5d45b6632553a8961ea609eb"),
+            "EfficientNetV2B3": (225, "b3", "f6abf7b5849ac99a89b50dd3fd532856"),
+            "EfficientNetV2S": (281, "s", "af0682fb74e8c54910f2d4393339c070"),
+            "EfficientNetV2M": (403, "m", "1b8dc055df72dde80d614482840fe342"),
+            "EfficientNetV2L": (557, "l", "b0b66b5c863aef5b46e8608fe1711615"),
         },
     ),
     **_family(
         "inception_v3/" + _KERNELS, "symmetric", min_size=75, members={
-            "InceptionV3": (0, "inception_v3", "bcbd6486424b2319ff4ef7d526e38f63"),
+            "InceptionV3": (189, "inception_v3", "bcbd6486424b2319ff4ef7d526e38f63"),
         },
     ),
     **_family(
         "inception_resnet_v2/" + _KERNELS, "symmetric", min_size=75, members={
-            "InceptionResNetV2": (0, "inception_resnet_v2", "d19885ff4a710c122648d3b5c3b684e4"),
+            "InceptionResNetV2": (449, "inception_resnet_v2", "d19885ff4a710c122648d3b5c3b684e4"),
         },
     ),
     "mobilenet": Backbone(
-        help="MobileNet 1.00, 0 layers with head",
-        candidates=0,
+        help="MobileNet 1.00, 55 layers with head",
+        candidates=55,
         preprocessing="symmetric",
         constructor="MobileNet",
         imagenet=Imagenet(_KERAS_FILES + "mobilenet/mobilenet_{alpha}_{size}_tf_no_top.h5", sizes=(128, 160, 192, 224)),
@@ -172,39 +172,39 @@ APPLICATIONS = {
     ),
     **_family(
         "mobilenet_v3/weights_mobilenet_v3_small_224_{alpha}_float_no_top_v2.h5", "none", members={
-            "MobileNetV3Small": (0, "", None),
+            "MobileNetV3Small": (87, "", None),
         },
         alphas={0.75: ("0.75", "ebdb5cc8e0b497cd13a7c275d475c819"), 1.0: ("1.0", "d3e8ec802a04aa4fc771ee12a9a9b836")},
     ),
     **_family(
         "mobilenet_v3/weights_mobilenet_v3_large_224_{alpha}_float_no_top_v2.h5", "none", members={
-            "MobileNetV3Large": (0, "", None),
+            "MobileNetV3Large": (109, "", None),
         },
         alphas={0.75: ("0.75", "40af19a13ebea4e2ee0c676887f69a2e"), 1.0: ("1.0", "07fb09a5933dd0c8eaafa16978110389")},
     ),
     **_family(
         "nasnet/NASNet-{file}-no-top.h5", "symmetric", members={
-            "NASNetMobile": (0, "mobile", "1ed92395b5b598bdda52abe5c0dbfd63"),
-            "NASNetLarge": (0, "large", "d81d89dc07e6e56530c4e77faddd61b5"),
+            "NASNetMobile": (389, "mobile", "1ed92395b5b598bdda52abe5c0dbfd63"),
+            "NASNetLarge": (533, "large", "d81d89dc07e6e56530c4e77faddd61b5"),
         },
     ),
     **_family(
         "resnet/" + _KERNELS, "caffe", members={
-            "ResNet101": (0, "resnet101", "88cf7a10940856eca736dc7b7e228a21"),
-            "ResNet152": (0, "resnet152", "ee4c566cf9a93f14d82f913c2dc6dd0c"),
+            "ResNet101": (209, "resnet101", "88cf7a10940856eca736dc7b7e228a21"),
+            "ResNet152": (311, "resnet152", "ee4c566cf9a93f14d82f913c2dc6dd0c"),
         },
     ),
     **_family(
         "resnet/" + _KERNELS, "symmetric", members={
-            "ResNet50V2": (0, "resnet50v2", "fac2f116257151a9d068a22e544a4917"),
-            "ResNet101V2": (0, "resnet101v2", "c0ed64b8031c3730f411d2eb4eea35b5"),
-            "ResNet152V2": (0, "resnet152v2", "ed17cf2e0169df9d443503ef94b23b33"),
+            "ResNet50V2": (103, "resnet50v2", "fac2f116257151a9d068a22e544a4917"),
+            "ResNet101V2": (205, "resnet101v2", "c0ed64b8031c3730f411d2eb4eea35b5"),
+            "ResNet152V2": (307, "resnet152v2", "ed17cf2e0169df9d443503ef94b23b33"),
         },
     ),
     **_family("vgg19/" + _KERNELS, "caffe", members={"VGG19": (17, "vgg19", "253f8cb515780f3b799900260a226db6")}),
     **_family(
         "xception/" + _KERNELS, "symmetric", min_size=71, members={
-            "Xception": (0, "xception", "b0042744bf5b25fce3cb969f33bebb97"),
+            "Xception": (81, "xception", "b0042744bf5b25fce3cb969f33bebb97"),
         },
     ),
 }  # fmt: skip
