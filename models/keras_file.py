@@ -96,7 +96,8 @@ def _lambda_names(config) -> Iterator[str]:
     if isinstance(config, dict):
         if config.get("class_name") in ("Lambda", "__lambda__"):
             settings = config.get("config")
-            yield str(settings.get("name", "lambda")) if isinstance(settings, dict) else "lambda"
+            yield str(settings.get("name", "a lambda")) if isinstance(settings, dict) else "a lambda"
+            return
         config = list(config.values())
     if isinstance(config, list):
         for value in config:
