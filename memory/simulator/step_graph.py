@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import tensorflow as tf
 
 from core import environment
+from core.errors import UsageError
 from memory.simulator import kernels
 from models.layers import calls_replaced
 
@@ -256,6 +257,13 @@ _ON_VARIABLES = ("ReadVariableOp", "AssignVariableOp", "AssignAddVariableOp", "A
 
 def _ops(graph, variables):
     tf_ops = graph.get_operations()
+    for op in tf_ops:
+        if op.node_def.attr["_XlaMustCompile"].b:
+            raise UsageError(
+                "the memory of a step can be estimated if TensorFlow's own kernels compute it. Received: "
+                f"{op.name}, a grouped convolution that Keras compiles with XLA, whose workspace is not known; train "
+                "without --memory_budget_mb."
+            )
     index = {op.name: i for i, op in enumerate(tf_ops)}
     ops = [
         Op(
