@@ -114,15 +114,16 @@ def fetch_preset(source: Imagenet) -> tuple[list, str]:
     """
     from models import vit
 
-    folder = vit.preset_folder(source.preset)
+    preset = str(source.preset)
+    folder = vit.preset_folder(preset)
     path = os.path.join(folder, "model.weights.h5")
     if os.path.isfile(path) and os.path.isfile(os.path.join(folder, "config.json")):
         with _failures_unavailable(folder):
             return _variables_as_layers(vit.load_preset(folder)), path
     _probe(source.url)
-    log.info("Downloading %s", source.preset)
-    with _failures_unavailable(source.preset):
-        return _variables_as_layers(vit.load_preset(source.preset)), path
+    log.info("Downloading %s", preset)
+    with _failures_unavailable(preset):
+        return _variables_as_layers(vit.load_preset(preset)), path
 
 
 def _variables_as_layers(backbone):

@@ -143,7 +143,7 @@ def _provenance(source, targets, matched_layers=0, path=None, note=None):
 def target_layers(backbone: keras.Model) -> list[TargetLayer]:
     """Returns a TargetLayer for every layer of `backbone` that itself owns weights."""
     layers = []
-    claimed = set()
+    claimed: set[int] = set()
     # Innermost first: the variables that remain for an outer layer are its own.
     for structure, layer in reversed(list(_structure(backbone, "", set()))):
         own = [v for v in layer.weights if id(v) not in claimed]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from core import environment, signals
-from core.errors import RunError
+from core.errors import RunError, UsageError
 from core.units import MB
 from run.report import Progress, summary_record
 from selection import SCHEMES
@@ -110,6 +110,13 @@ def _explain_memory(error, run):
     # The allocator's peak when it failed is what this machine can give.
     available = tf.config.experimental.get_memory_info(environment.device())["peak"]
     step = "the selection's forward pass" if is_selecting else "a training step"
+    try:
+        needed_bytes = needed(num_images)
+    except UsageError:  # the memory of this network cannot be estimated
+        return (
+            f"out of memory: {step} on {num_images} images needs more than the {available / MB:.0f} MB that were "
+            f"available; lower {flag} or --input_size."
+        )
     fitting = num_images // 2
     while fitting and needed(fitting) > available:
         fitting //= 2
@@ -117,7 +124,7 @@ def _explain_memory(error, run):
     if not is_selecting and "memory_budget_mb" in reads:
         advice.append(f"--memory_budget_mb {available / MB:.0f}, which trains as many layers as fit")
     return (
-        f"out of memory: {step} on {num_images} images needs {needed(num_images) / MB:.0f} MB by estimate, and "
+        f"out of memory: {step} on {num_images} images needs {needed_bytes / MB:.0f} MB by estimate, and "
         f"{available / MB:.0f} MB were available; {', or '.join(advice)}."
     )
 

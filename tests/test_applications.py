@@ -15,6 +15,7 @@ import models
 from core.config import Config
 from core.errors import UsageError
 from main import main
+from memory import estimate
 from models import imagenet, weights
 from models.backbones import PREPROCESSING
 from models.batchnorm import calibrate
@@ -264,3 +265,14 @@ def test_counts_equal_the_reference_and_selected_weights_move(name):
     network.model.train_on_batch(batch, labels)
     moved = {v.path for v in network.model.weights if not np.array_equal(before[v.path], v.numpy())}
     assert {path for path in moved if "seed_generator" not in path} == trained
+
+
+@pytest.mark.slow
+def test_grouped_convolutions_have_no_memory_estimate(caplog):
+    """XLA computes ConvNeXt's grouped convolutions in a workspace that the estimate does not know."""
+    network = backbone_network("convnexttiny")
+    network.model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    with pytest.raises(UsageError, match=r"grouped convolution that Keras compiles with XLA"):
+        estimate.of_training(network.model, (4, 32, 32, 3))
+    assert estimate.bytes_of_training(network.model, (4, 32, 32, 3)) is None
+    assert "cannot be estimated" in caplog.text
