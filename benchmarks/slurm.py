@@ -174,7 +174,6 @@ def cluster(folder: Path) -> Iterator[None]:
     """Runs a cluster of one node, which the programs in this process's environment use."""
     for part in (folder, folder / "state", folder / "spool"):
         part.mkdir()
-    folder.parent.chmod(0o711)  # munged wants a socket that all users can reach
     conf, key = folder / "slurm.conf", folder / "munge.key"
     conf.write_text(SLURM_CONF.format(folder=folder, cpus=CPUS))
     key.touch(mode=0o600)
@@ -182,9 +181,10 @@ def cluster(folder: Path) -> Iterator[None]:
     os.environ["SLURM_CONF"] = str(conf)
     munge_files = [f"--{name}-file={folder / f'munge.{name}'}" for name in ("key", "pid", "log", "seed")]
     munge_socket = f"--socket={folder}/munge.socket"
+    munged = ["munged", "--foreground", "--force", munge_socket, *munge_files]  # force: only root reaches the socket
     with open(folder / "daemons.log", "w") as log, contextlib.ExitStack() as stack:
         for command, is_ready in (
-            (["munged", "--foreground", munge_socket, *munge_files], lambda: succeeds("munge", "-n", munge_socket)),
+            (munged, lambda: succeeds("munge", "-n", munge_socket)),
             (["slurmctld", "-D"], lambda: succeeds("scontrol", "ping")),
             (["slurmd", "-D"], lambda: output("sinfo", "--noheader", "--format=%T") == "idle"),
         ):

@@ -44,7 +44,7 @@ def test_killed_script_leaves_no_process(tmp_path):
     script = start(tmp_path)
     deadline = time.monotonic() + 60
     while not (tmp_path / "cluster" / "slurmd.log").exists():
-        assert time.monotonic() < deadline and script.poll() is None
+        assert time.monotonic() < deadline and script.poll() is None, script.stdout.read()
         time.sleep(0.1)
     assert processes_of(tmp_path)
     script.kill()
