@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -112,8 +113,10 @@ def _report(run, job, state, log_dir, board):
         board.ended(run, "done", 0, "", run.folder)
         return
     record = failure_of(log_dir, run.name) or {}
+    console = Path(log_dir) / FAILURES / f"{run.name}.log"
+    log = record.get("log") or (console if console.exists() else job.paths.stderr)
     last = ENDED[state] or record.get("last_line") or _last_line(job.paths.stderr) or "the job ended without a result"
-    board.ended(run, "failed", record.get("exit_code"), last, record.get("log") or job.paths.stderr)
+    board.ended(run, "failed", record.get("exit_code"), last, log)
 
 
 def _last_line(path):
@@ -140,8 +143,8 @@ def _states(jobs, cluster):
     if cluster != "slurm":  # submitit's local processes, in tests
         return {job: "COMPLETED" if job.done() else "RUNNING" for job in jobs}
     command = ["squeue", "--noheader", "--array", "--me", "--states=all", "--format=%i %T"]
-    answer = subprocess.run(command, capture_output=True, text=True)
-    if answer.returncode:
+    answer = subprocess.run(command, capture_output=True, text=True) if shutil.which("squeue") else None
+    if answer is None or answer.returncode:
         return dict.fromkeys(jobs, "UNKNOWN")
     states = dict(line.split() for line in answer.stdout.splitlines())
     return {job: states.get(job.job_id, "FORGOTTEN") for job in jobs}
