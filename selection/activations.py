@@ -42,12 +42,11 @@ def distance_pass(network) -> Iterator[Callable]:
         at its first call.
     """
     on_cpu = environment.device().startswith("CPU")
-    workers = environment.num_workers()
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(environment.num_workers()) as pool:
 
         def distances_in_numpy(output):
             cloud = output.reshape(len(output), -1).astype(np.float32, copy=False)
-            return pairwise_distances(cloud, pool, workers)
+            return pairwise_distances(cloud, pool)
 
         def reduce_on_cpu(output):
             return tf.numpy_function(distances_in_numpy, [output], tf.float64)

@@ -1,8 +1,8 @@
 """First Betti numbers of point clouds: NumPy in, numbers out, no framework.
 
-b1 of a cloud is the number of H1 bars of its Vietoris-Rips
-persistence over all scales, Euclidean distances, coefficients in Z/2, every bar
-with death > birth, no threshold (arXiv 2510.03101).
+b1 of a cloud is the number of H1 bars of its Vietoris-Rips persistence over all scales,
+Euclidean distances, coefficients in Z/2, every bar with death > birth, no threshold
+(arXiv 2510.03101).
 """
 
 from __future__ import annotations

@@ -15,27 +15,27 @@ import numpy as np
 
 _TILE = 4  # points per side of a tile: 16 sums, which a CPU's registers hold
 _PIECE = 1024  # columns read at a time: those of all points stay in the cache
-_PART = 1 << 18  # elements that are worth a thread of their own
+_PART = 16 * _PIECE  # columns that one call sums: enough to be worth handing to a thread
 
 
-def pairwise_distances(cloud: np.ndarray, pool: Executor | None = None, num_parts: int = 1) -> np.ndarray:
+def pairwise_distances(cloud: np.ndarray, pool: Executor | None = None) -> np.ndarray:
     """Returns the Euclidean distances between the points of a cloud.
 
     Args:
         cloud: float32 array of shape (n, d).
-        pool: concurrent.futures.Executor that sums the parts, or None.
-        num_parts: int. The columns are summed in at most this many parts. The same
-            number gives the same result to the last bit.
+        pool: concurrent.futures.Executor with threads that share the columns, or None.
 
     Returns:
         float64 array of shape (n, n), symmetric, zero on the diagonal. It contains
-        NaN or infinity if the cloud does.
+        NaN or infinity if the cloud does. Its bits do not depend on the number of
+        threads, because parts of a fixed width are added in their order.
     """
     cloud = np.ascontiguousarray(cloud, np.float32)
-    num_parts = max(1, min(num_parts, cloud.size // _PART))
-    borders = np.linspace(0, cloud.shape[1], num_parts + 1).astype(int)
-    run = pool.map if pool and num_parts > 1 else map
-    return _distances(sum(run(_squared_distances, [cloud] * num_parts, borders[:-1], borders[1:])))
+    num_points, num_columns = cloud.shape
+    starts = range(0, num_columns, _PART)
+    run = pool.map if pool and len(starts) > 1 else map
+    parts = run(lambda start: _squared_distances(cloud, start, min(start + _PART, num_columns)), starts)
+    return _distances(sum(parts, np.zeros((num_points, num_points))))
 
 
 def from_gram(gram: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ def by_num_weights(network, batches: Callable, cfg: Config) -> Selection:
 
 
 def check(network, cfg: Config, num_images: int) -> None:
-    """Checks that point clouds have enough points, and that their cost is bearable.
+    """Checks that point clouds have enough points and that their cost is within the limits.
 
     Raises:
         UsageError: if they do not, or if `--exclude_layers` matches no layer or all.

@@ -1,9 +1,9 @@
-"""Properties of the heart that hold for any input, searched for counterexamples.
+"""Properties of Betti numbers, budgets and arguments that hold for any input; hypothesis searches counterexamples.
 
-Points lie on integer grids where a property is about moves that change nothing:
-there translation, quarter turns, reflections and powers of two are exact in
-floating point, so that equal distances stay equal. With points anywhere, a
-rotation rounds every distance anew, ties break, and the count may truly change.
+Invariances are tested with points on integer grids. Translation, rotation by 90 degrees,
+reflection and scaling by powers of two are exact there, so that equal distances stay
+equal. With other points, a rotation rounds every distance again, which can break ties
+and change the count.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Budgets, ranks, ties, the head rule, and what --layers and --exclude_layers name."""
+"""Budgets, ranks, ties, the rule for the head, and the layers that --layers and --exclude_layers match."""
 
 import json
 

@@ -339,6 +339,17 @@ def test_slurm_without_submitit_names_the_package(bench, capsys, monkeypatch):
     assert "pip install submitit" in capsys.readouterr().err
 
 
+def test_slurm_is_refused_where_it_is_not_installed(bench, capsys, monkeypatch):
+    pytest.importorskip("submitit", reason="submitit, an optional dependency, isn't installed")
+    (run,) = plan(make_parser().parse_args(bench.words(seeds="0")), [])
+    (bench.logs / "sweep" / "slurm").mkdir(parents=True)
+    (bench.logs / "sweep" / "slurm" / f"{run.name}.job").write_text("7_0\n")  # of an earlier sweep
+    monkeypatch.setenv("PATH", "/nowhere")
+    argv = bench.words("--launcher", "slurm", "--skip_prepare", seeds="0")
+    assert sweep.main(argv, program=[str(bench.folder / "main.py")]) == 2
+    assert "srun" in capsys.readouterr().err.splitlines()[-1] and bench.calls == []
+
+
 def test_live_table_counts_by_network_and_data_set(bench):
     from rich.console import Console
 

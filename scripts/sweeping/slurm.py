@@ -1,13 +1,14 @@
 """Runs a sweep's runs as one array job on Slurm, through submitit.
 
-Each task is a sweep of one run. A task that reaches its time limit is terminated in time
-for a checkpoint. Jobs outlive a sweep that is killed: the next sweep waits for those
-that Slurm still lists instead of submitting their runs again.
+Each task is a sweep of one run. Jobs outlive a sweep that is killed: the next sweep waits
+for those that have not ended instead of submitting their runs again. squeue gives the
+states of jobs, because it needs no accounting; submitit's sacct does.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -16,10 +17,27 @@ from pathlib import Path
 
 from core.errors import UsageError
 from core.files import write_whole
-from sweeping.board import FAILURES, Board, failure_of
+from sweeping.board import FAILURES, Board, failure_file, failure_of
 from sweeping.plan import Run, is_done
 
 POLL_S = 2.0
+CANCEL_S = 120.0  # Slurm sends SIGKILL 30 s after SIGTERM, unless KillWait is set
+# The states of jobs that have ended, with what the sweep reports of a run that is not finished
+# then; for an empty text, the last line of the run.
+ENDED = {
+    "COMPLETED": "",
+    "FAILED": "",
+    "TIMEOUT": "Slurm ended the job at its time limit; the next sweep resumes the run",
+    "CANCELLED": "the job was cancelled; the next sweep resumes the run",
+    "DEADLINE": "Slurm ended the job at its deadline; the next sweep resumes the run",
+    "PREEMPTED": "Slurm ended the job in favour of another; the next sweep resumes the run",
+    "NODE_FAIL": "the node of the job failed; the next sweep resumes the run",
+    "BOOT_FAIL": "the node of the job did not boot; the next sweep resumes the run",
+    "OUT_OF_MEMORY": "Slurm ended the job, which exceeded its memory; raise mem_gb in --slurm_parameters",
+    "FORGOTTEN": "the job has ended and Slurm no longer lists it; the next sweep resumes the run",  # our own word
+}
+# What submitit raises for a parameter that it refuses, or where there is no Slurm.
+REFUSALS = (AssertionError, NameError, RuntimeError, TypeError, ValueError)
 
 
 def run_on_slurm(
@@ -39,120 +57,130 @@ def run_on_slurm(
         UsageError: if submitit or Slurm is missing or refuses a parameter.
     """
     try:
-        import submitit
+        import submitit  # noqa: F401
     except ImportError:
         raise UsageError(
             "--launcher slurm needs submitit. Received: it is not installed; run pip install submitit"
         ) from None
-    if not runs:
-        return
-    folder = Path(args.log_dir) / FAILURES / "slurm"
+    jobs = _jobs_of_earlier_sweeps(runs, args.log_dir) if cluster == "slurm" else {}
     try:
-        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-        executor.update_parameters(name="adabet", **_slurm_parameters(args))
-    except (RuntimeError, NameError, TypeError, ValueError) as error:
-        raise UsageError(f"--launcher slurm: {' '.join(str(error).split())}") from None
-
-    jobs = _still_queued(runs, folder)
-    if jobs:
-        board.say(f"{len(jobs)} runs are jobs of an earlier sweep that Slurm still lists; waiting for them")
-    new = [run for run in runs if run not in jobs.values() and not is_done(run)]
-    if new:
-        with executor.batch():
-            submitted = [executor.submit(_task(), [*itself, *_sweep_of_one(run, args, extra)]) for run in new]
-        for run, job in zip(new, submitted, strict=True):
-            write_whole(_job_file(folder, run), job.job_id)
-            jobs[job] = run
-        board.say(f"array job of {len(new)} tasks: {submitted[0].job_id}")
-    for run in runs:
-        if run in jobs.values():
-            board.started(run)
-        else:  # an earlier sweep's job has finished it just now
-            board.ended(run, "done", 0, "", run.folder)
-    try:
-        for job in _as_ended(list(jobs)):
-            _report(jobs[job], job, args.log_dir, board)
+        if jobs:
+            board.say(f"{len(jobs)} runs are jobs of an earlier sweep that Slurm still lists; waiting for them")
+        new = [run for run in runs if run not in jobs.values() and not is_done(run)]
+        if new:
+            submitted = _submit(new, args, extra, itself, cluster)
+            board.say(f"array job of {len(new)} tasks: {submitted[0].job_id}")
+            jobs |= dict(zip(submitted, new, strict=True))
+        for run in runs:
+            if run in jobs.values():
+                board.started(run)
+            else:  # an earlier sweep's job has finished it just now
+                board.ended(run, "done", 0, "", run.folder)
+        for job, state in _as_ended(list(jobs), cluster):
+            _report(jobs[job], job, state, args.log_dir, board)
     except BaseException:
-        for job in jobs:
-            job.cancel()
+        _cancel(jobs, cluster)
         raise
 
 
-def _task():
-    """Returns the function that a task runs; a nested function is pickled by value, so that jobs need no path."""
+def _submit(runs, args, extra, itself, cluster):
+    """Submits an array job, records the job of each run, and returns the jobs in the order of the runs."""
+    import submitit
 
-    def task(command):
-        import signal
-        import subprocess
+    try:
+        executor = submitit.AutoExecutor(folder=_folder(args.log_dir), cluster=cluster)
+        # Without submitit's own signal before the time limit, which ends its command by SIGKILL:
+        # Slurm's SIGTERM at the limit makes a run write a checkpoint.
+        executor.update_parameters(**{"name": "adabet", "slurm_signal_delay_s": 0, **_slurm_parameters(args)})
+        if cluster == "slurm":
+            executor.parameters.setdefault("time", None)  # the partition's limit instead of submitit's 5 minutes
+        with executor.batch():
+            jobs = []
+            for run in runs:
+                failure_file(args.log_dir, run.name).unlink(missing_ok=True)  # of an earlier attempt
+                command = [*itself, *_sweep_of_one(run, args, extra)]
+                jobs.append(executor.submit(submitit.helpers.CommandFunction(command, cwd=os.getcwd())))
+    except (*REFUSALS, submitit.core.utils.FailedJobError) as error:
+        raise UsageError(f"--launcher slurm: {' '.join(str(error).split())}") from None
+    for run, job in zip(runs, jobs, strict=True):
+        write_whole(_job_file(run), f"{job.job_id}\n")
+    return jobs
 
-        # Slurm sends USR2 to every process of the task shortly before the time limit. Submitit then
-        # raises here, and the child gets SIGTERM instead, which makes it write a checkpoint.
-        signal_before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL)  # inherits the ignored signal
-        signal.signal(signal.SIGUSR2, signal_before)
-        try:
-            code = process.wait()
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
-        if code:
-            raise RuntimeError(f"exit code {code}")
 
-    return task
-
-
-def _report(run, job, log_dir, board):
+def _report(run, job, state, log_dir, board):
     """Records how the job of a run has ended."""
     if is_done(run):
         board.ended(run, "done", 0, "", run.folder)
         return
-    error = str(job.exception() or "").strip().splitlines() or ["the job ended without a result"]
-    timed_out = any("timed-out" in line for line in error)
     record = failure_of(log_dir, run.name) or {}
-    last = "Slurm's time limit ended the job; the next sweep resumes it" if timed_out else record.get("last_line")
-    board.ended(run, "failed", record.get("exit_code"), last or error[-1], record.get("log") or job.paths.stderr)
+    console = Path(log_dir) / FAILURES / f"{run.name}.log"
+    log = record.get("log") or (console if console.exists() else job.paths.stderr)
+    last = ENDED[state] or record.get("last_line") or _last_line(job.paths.stderr) or "the job ended without a result"
+    board.ended(run, "failed", record.get("exit_code"), last, log)
 
 
-def _as_ended(jobs) -> Iterator:
-    """Yields each job once it has a result, or once Slurm no longer lists it."""
-    missing: set = set()  # not listed at the last look: their result may take a moment to appear
+def _last_line(path):
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _as_ended(jobs, cluster) -> Iterator[tuple]:
+    """Yields (job, state) for each job once it has ended."""
     while jobs:
-        queued = _queued()
-        for job in list(jobs):
-            gone = queued is not None and job.job_id not in queued
-            if job.paths.result_pickle.exists() or (job in missing and gone) or (queued is None and job.done()):
+        for job, state in _states(jobs, cluster).items():
+            if state in ENDED:
                 jobs.remove(job)
-                yield job
-            elif gone:
-                missing.add(job)
+                yield job, state
         if jobs:
             time.sleep(POLL_S)
 
 
-def _queued() -> set[str] | None:
-    """Returns the ids of this user's jobs that wait or run, or None if Slurm does not answer."""
-    if shutil.which("squeue") is None:
-        return None
-    found = subprocess.run(["squeue", "--noheader", "--array", "--me", "--format=%i"], capture_output=True, text=True)
-    return None if found.returncode else set(found.stdout.split())
+def _states(jobs, cluster):
+    """Returns {job: state} in Slurm's words, or UNKNOWN for all while Slurm does not answer."""
+    if cluster != "slurm":  # submitit's local processes, in tests
+        return {job: "COMPLETED" if job.done() else "RUNNING" for job in jobs}
+    command = ["squeue", "--noheader", "--array", "--me", "--states=all", "--format=%i %T"]
+    answer = subprocess.run(command, capture_output=True, text=True) if shutil.which("squeue") else None
+    if answer is None or answer.returncode:
+        return dict.fromkeys(jobs, "UNKNOWN")
+    states = dict(line.split() for line in answer.stdout.splitlines())
+    return {job: states.get(job.job_id, "FORGOTTEN") for job in jobs}
 
 
-def _still_queued(runs, folder):
-    """Returns {job: run} for the runs that are jobs of an earlier sweep."""
-    from submitit.slurm.slurm import SlurmJob
+def _cancel(jobs, cluster):
+    """Cancels the jobs, and waits until they have ended: their runs write a checkpoint on Slurm's SIGTERM."""
+    if cluster != "slurm":
+        for job in jobs:
+            job.cancel(check=False)
+    elif jobs:
+        # It fails for jobs that have ended, and still cancels the others.
+        subprocess.run(["scancel", "--quiet", *(job.job_id for job in jobs)], capture_output=True)
+        deadline = time.monotonic() + CANCEL_S
+        while time.monotonic() < deadline and not set(_states(jobs, cluster).values()) <= set(ENDED):
+            time.sleep(POLL_S)
 
-    queued, found = _queued() or set(), {}
+
+def _jobs_of_earlier_sweeps(runs, log_dir):
+    """Returns {job: run} for the runs whose recorded jobs have not ended."""
+    import submitit
+
+    jobs = {}
     for run in runs:
-        file = _job_file(folder, run)
-        if file.exists() and (job_id := file.read_text().strip()) in queued:
-            found[SlurmJob(folder=folder, job_id=job_id)] = run
-    return found
+        if _job_file(run).exists():
+            jobs[submitit.SlurmJob(_folder(log_dir), _job_file(run).read_text().strip())] = run
+    states = _states(jobs, "slurm") if jobs else {}
+    return {job: run for job, run in jobs.items() if states[job] not in {*ENDED, "UNKNOWN"}}
 
 
-def _job_file(folder, run):
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{run.name}.job"
+def _folder(log_dir):
+    return Path(log_dir) / FAILURES / "slurm"
+
+
+def _job_file(run):
+    return _folder(run.cfg.log_dir) / f"{run.name}.job"
 
 
 def _slurm_parameters(args):
@@ -161,8 +189,15 @@ def _slurm_parameters(args):
         name, equals, value = setting.partition("=")
         if not equals:
             raise UsageError(f"--slurm_parameters takes NAME=VALUE,... Received: {setting!r}.")
-        parameters[name.strip()] = int(value) if value.strip().isdigit() else value.strip()
+        parameters[name.strip()] = _number(value.strip())
     return parameters
+
+
+def _number(text):
+    """Returns the text as an int or a float if it is a decimal number, else the text."""
+    if re.fullmatch(r"\d+", text):
+        return int(text)
+    return float(text) if re.fullmatch(r"\d+\.\d+", text) else text
 
 
 def _sweep_of_one(run, args, extra):
