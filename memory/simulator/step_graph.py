@@ -123,11 +123,11 @@ def trace(model, input_shape):
 
 
 def _input_specs(model, input_shape):
-    """Returns the tf.TensorSpec of the input, or a tuple with one per input. The default dtype is float32."""
+    """Returns the tf.TensorSpec of the input, or a list with one per input. The default dtype is float32."""
     several = isinstance(input_shape[0], (tuple, list))
     shapes = input_shape if several else [input_shape]
     dtypes = [one.dtype for one in getattr(model, "inputs", None) or []] or ["float32"] * len(shapes)
-    specs = tuple(tf.TensorSpec(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+    specs = [tf.TensorSpec(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
     return specs if several else specs[0]
 
 
