@@ -111,6 +111,8 @@ def trace(model, input_shape):
     Returns:
         Step.
     """
+    if not model.built:
+        model.build(input_shape)
     inputs = _input_specs(model, input_shape)
     labels = _label_spec(model, inputs)
     # Creates the variables of model, metrics and loss, as train_on_batch does.
