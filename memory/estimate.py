@@ -31,7 +31,7 @@ class Estimate:
     peak_at: str
 
 
-def of_training(model, input_shape: tuple) -> Estimate:
+def of_training(model, input_shape: tuple | list) -> Estimate:
     """Predicts the peak of a training step on one batch that is already in memory.
 
     Args:

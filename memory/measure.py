@@ -105,7 +105,8 @@ def measured_training_step(model, inputs, labels, changing: list) -> tuple[Peak,
     start = time.perf_counter()
     model.train_on_batch(inputs, labels)
     first_step_s = time.perf_counter() - start
-    peaks, start = [], time.perf_counter()
+    peaks: list[Peak] = []
+    start = time.perf_counter()
     while len(peaks) < MEASURED_STEPS and (not peaks or time.perf_counter() - start < MEASURING_S):
         with measured_peak() as peak:
             model.train_on_batch(inputs, labels)
