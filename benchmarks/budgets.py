@@ -9,10 +9,13 @@ and seed 0; runs that exist in --log_dir are not repeated. Exits with 1 if a run
 or measured more than 5 % over its budget.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +27,7 @@ MODELS = ("resnet50", "vgg16", "mobilenetv2", "vit")
 TOLERANCE = 1.05
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the cases, prints their table, and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
@@ -61,7 +64,7 @@ def main(argv=None):
     return int(missed > 0)
 
 
-def estimate(args, model, scheme):
+def estimate(args: argparse.Namespace, model: str, scheme: str) -> int:
     """Returns the estimated peak of a scheme's training step, in bytes."""
     done = subprocess.run(
         [
@@ -74,7 +77,7 @@ def estimate(args, model, scheme):
     return json.loads(done.stdout.splitlines()[-1])["estimated_bytes"]
 
 
-def train(args, model, budget):
+def train(args: argparse.Namespace, model: str, budget: float) -> dict | None:
     """Trains under a budget in megabytes and returns the summary, or prints why it failed and returns None."""
     name = f"{model}_{budget:g}mb"
     summary = Path(args.log_dir).resolve() / name / "summary.json"

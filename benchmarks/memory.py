@@ -7,12 +7,15 @@ A case is one process of memory_utils.py with random weights and seed 0, which m
 another new process. The ratio is estimate / measurement.
 """
 
+from __future__ import annotations
+
 import argparse
 import itertools
 import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +29,7 @@ BATCH_SIZES = (8, 32)
 OPTIMIZERS = ("sgd", "adam")
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the cases, prints their table, and returns 1 if one failed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
@@ -71,7 +74,7 @@ def main(argv=None):
     return 1 if failed else 0
 
 
-def run(model, scheme, batch_size, optimizer, input_size):
+def run(model: str, scheme: str, batch_size: int, optimizer: str, input_size: int) -> dict | None:
     """Returns the record of one case, or prints why it failed and returns None."""
     flags = {
         "model_name": model,

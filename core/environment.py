@@ -9,6 +9,10 @@ Importing it only sets environment variables, unless the user has set them:
   times longer.
 * `TF_CPP_MIN_LOG_LEVEL` and `GRPC_VERBOSITY` keep notes of native libraries out of logs.
 * `KERAS_BACKEND` selects TensorFlow.
+
+In a process that imported TensorFlow first, such as a notebook, the variables are set all
+the same. TensorFlow reads some of them when it first computes, so that the memory of a CPU
+may be impossible to measure; the first measurement then logs a warning.
 """
 
 from __future__ import annotations
@@ -26,8 +30,6 @@ _ENVIRONMENT = {
 if platform.machine().lower() in ("x86_64", "amd64"):
     _ENVIRONMENT["TF_ENABLE_ONEDNN_OPTS"] = "1"
 
-if "tensorflow" in sys.modules:
-    raise ImportError("core.environment must be imported before tensorflow, which chooses its allocator when it loads")
 for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 

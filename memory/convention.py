@@ -24,6 +24,20 @@ ACTIVATION_BYTES = 4
 BATCH = 8  # of the plot, whatever the batch size of a run
 
 
+def note(batch_size: int) -> str | None:
+    """Returns a sentence on the batch size of the convention, or None if the run has that batch size.
+
+    Args:
+        batch_size: int. Images per training batch of the run.
+    """
+    if batch_size == BATCH:
+        return None
+    return (
+        f"The convention is that of the paper's plot, batch {BATCH}. The published program multiplies by the batch "
+        f"size of a run instead, here {batch_size}."
+    )
+
+
 def megabytes(network, trained_weights: Collection[str]) -> float:
     """Returns the peak memory by the published convention, in MB of 10^6 bytes.
 

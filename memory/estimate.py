@@ -31,12 +31,13 @@ class Estimate:
     peak_at: str
 
 
-def of_training(model, input_shape: tuple) -> Estimate:
+def of_training(model, input_shape: tuple | list) -> Estimate:
     """Predicts the peak of a training step on one batch that is already in memory.
 
     Args:
         model: keras.Model. Compiled, not trained yet, with its weights frozen as they will be.
-        input_shape: tuple (B, ...). The shape of a batch.
+        input_shape: tuple (B, ...), the shape of a batch; or a list of such tuples, one
+            per input of the model.
     """
     return of_step(step_graph.trace(model, input_shape))
 
@@ -84,8 +85,8 @@ def bytes_of_training(model, input_shape: tuple) -> int | None:
     return _bytes_or_none(of_training, model, input_shape)
 
 
-def bytes_of_inference(model, input_shape):
-    """Returns the estimated peak of a forward pass in bytes, or None where there is no estimate."""
+def bytes_of_inference(model, input_shape: tuple) -> int | None:
+    """Returns the estimated peak of a forward pass in bytes, or None if it cannot be estimated."""
     return _bytes_or_none(of_inference, model, input_shape)
 
 

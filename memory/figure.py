@@ -39,7 +39,7 @@ def draw(cfg: Config, path: str) -> str:
         own = replace(cfg, model_name=model_name, rho=0.1, num_betti_batches=cfg.num_betti_batches or 4)
         rows[model_name] = {bar: _figures(replace(own, train_type=_scheme(bar)), bar) for bar in BARS}
     _plot(cfg, rows, path)
-    return _text(rows, path)
+    return _text(cfg, rows, path)
 
 
 def _scheme(bar):
@@ -83,11 +83,12 @@ def _plot(cfg, rows, path):
     pyplot.close(drawing)
 
 
-def _text(rows, path):
+def _text(cfg, rows, path):
     lines = [f"{'':<12} {'':<16} {'published':>10} {'convention':>10} {'measured':>10}  MB"]
     for model_name, bars in rows.items():
         for published, (bar, (by_convention, measured)) in zip(PUBLISHED[model_name], bars.items()):
             shown = "-" if measured is None else f"{measured:.0f}"
             lines.append(f"{model_name:<12} {BARS[bar]:<16} {published:>10} {by_convention:>10.0f} {shown:>10}")
     lines.append("The published figures of AdaBet depend on ImageNet weights: other weights select other layers.")
-    return "\n".join([*lines, f"Figure: {path}"])
+    note = convention.note(cfg.batch_size)
+    return "\n".join([*lines, *([note] if note else []), f"Figure: {path}"])

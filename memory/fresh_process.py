@@ -74,8 +74,11 @@ def measure_peak(
             the scheme select.
 
     Raises:
+        ValueError: if `what` is none of these.
         RunError: if the process is killed.
     """
+    if what not in MEASUREMENTS:
+        raise ValueError(f"`what` must be one of {', '.join(MEASUREMENTS)}. Received: {what!r}.")
     # A forked process would inherit what this one has allocated.
     context = multiprocessing.get_context("spawn")
     try:
@@ -91,29 +94,38 @@ def measure_peak(
 def _measure(cfg, num_classes, what, trained_weights):
     """Runs in the new process of `measure_peak`."""
     environment.load_tensorflow()
-    network = build(cfg, num_classes)
-    if what == "selection":
-        with measured_peak() as peak:
-            select(network, cfg)
-        return peak
-    images, labels = _resident_batch(cfg, num_classes)
-    if what == "inference":
-        import tensorflow as tf
+    return MEASUREMENTS[what](build(cfg, num_classes), cfg, num_classes, trained_weights)
 
-        forward = tf.function(lambda batch: network.model(batch, training=False), jit_compile=False)
+
+def _selection(network, cfg, num_classes, trained_weights):
+    with measured_peak() as peak:
+        select(network, cfg)
+    return peak
+
+
+def _inference(network, cfg, num_classes, trained_weights):
+    import tensorflow as tf
+
+    images, _ = _resident_batch(cfg, num_classes)
+    forward = tf.function(lambda batch: network.model(batch, training=False), jit_compile=False)
+    forward(images)
+    with measured_peak() as peak:
         forward(images)
-        with measured_peak() as peak:
-            forward(images)
-        return peak
-    if what != "training":
-        raise ValueError(f"`what` must be inference, selection or training. Received: {what!r}")
+    return peak
+
+
+def _training(network, cfg, num_classes, trained_weights):
+    from models.freezing import changing_variables
+
     if trained_weights is None:
         trained_weights = select(network, cfg).trained_weights
     _compile(network, trained_weights, cfg)
-    from models.freezing import changing_variables
-
+    images, labels = _resident_batch(cfg, num_classes)
     peak, _ = measured_training_step(network.model, images, labels, changing_variables(network))
     return peak
+
+
+MEASUREMENTS = {"selection": _selection, "inference": _inference, "training": _training}
 
 
 def build(cfg: Config, num_classes: int):

@@ -9,6 +9,7 @@ process's peak resident size contains everything.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import resource
@@ -52,12 +53,22 @@ def measured_peak() -> Iterator[Peak]:
     peak = Peak(None, environment.device())
     try:
         tf.config.experimental.reset_memory_stats(peak.device)
-    except ValueError as error:
-        log.warning("The memory of %s cannot be measured: %s", peak.device, error)
+    except ValueError:
+        _warn_of_no_counting(peak.device)
         yield peak
         return
     yield peak
     peak.bytes = tf.config.experimental.get_memory_info(peak.device)["peak"]
+
+
+@functools.cache  # one warning per process and device
+def _warn_of_no_counting(device):
+    log.warning(
+        "The peak memory of %s is not measured: its allocator must count. Received: one that does not, as when "
+        "TensorFlow computes before core.environment is imported; import memory_utils before tensorflow, or set "
+        "TF_CPU_ALLOCATOR_USE_BFC=true.",
+        device,
+    )
 
 
 def peak_rss_bytes() -> int:
@@ -66,7 +77,7 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def measured_training_step(model, images, labels, changing: list) -> tuple[Peak, float]:
+def measured_training_step(model, inputs, labels, changing: list) -> tuple[Peak, float]:
     """Measures training steps on one resident batch, and undoes them.
 
     The first step traces. The second to fourth are measured, fewer if they take long,
@@ -76,8 +87,8 @@ def measured_training_step(model, images, labels, changing: list) -> tuple[Peak,
 
     Args:
         model: compiled keras.Model.
-        images: float32 tensor of shape (B, S, S, 3).
-        labels: int tensor of shape (B,).
+        inputs: tensor of shape (B, ...), or the structure of tensors that the model takes.
+        labels: tensor of shape (B, ...), or the structure of tensors that the loss takes.
         changing: list of keras.Variable. All variables of the model that a training
             step can change.
 
@@ -92,12 +103,13 @@ def measured_training_step(model, images, labels, changing: list) -> tuple[Peak,
     before = [variable.numpy() for variable in state]
 
     start = time.perf_counter()
-    model.train_on_batch(images, labels)
+    model.train_on_batch(inputs, labels)
     first_step_s = time.perf_counter() - start
-    peaks, start = [], time.perf_counter()
+    peaks: list[Peak] = []
+    start = time.perf_counter()
     while len(peaks) < MEASURED_STEPS and (not peaks or time.perf_counter() - start < MEASURING_S):
         with measured_peak() as peak:
-            model.train_on_batch(images, labels)
+            model.train_on_batch(inputs, labels)
         peaks.append(peak)
 
     for variable, value in zip(state, before, strict=True):

@@ -1,11 +1,13 @@
 """Peak memory: the simulated allocator and step against hand counts, the convention, the command line, the budget."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
 from networks import network_of
 from test_main import assemble_tiny, run_of, tiny  # noqa: F401  a fixture
@@ -13,6 +15,7 @@ from test_main import assemble_tiny, run_of, tiny  # noqa: F401  a fixture
 import memory_utils
 import models
 from core.config import Config
+from core.units import MB
 from memory import budget, convention, estimate, figure
 from memory.simulator import step_graph
 from memory.simulator.allocator import Allocator, Chunk
@@ -23,7 +26,6 @@ from models.freezing import freeze
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-MB = 10**6
 
 
 # ---------------------------------------------------------------- the allocator
@@ -207,6 +209,7 @@ def test_command_line_prints_three_figures(tmp_path):
 def test_table_names_the_convention():
     found = memory_utils.Figures(None, 2 * MB, 3.0, dict.fromkeys(estimate.PARTS, 0), "conv", "CPU:0")
     text = memory_utils.table(Config(), found)
+    assert "here 32." in text and "here" not in memory_utils.table(Config(batch_size=8), found)
     assert "not measured" in text and "2.0 MB  peak at conv" in text and "published convention" in text
 
 
@@ -300,6 +303,110 @@ def test_figure_shows_convention_and_measurement(tmp_path, monkeypatch):
     text = figure.draw(Config(batch_size=8), str(tmp_path / "figure.png"))
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert len(text.splitlines()) == 1 + 4 * 3 + 2 and "777" in text and "ImageNet" in text
+
+
+# ---------------------------------------------------------------- the Python API
+
+
+# A model of a user: residual branches, nested models, custom layers, a loss on one-hot labels.
+OWN_MODEL = """
+import logging
+import keras, numpy as np
+
+class Scale(keras.layers.Layer):
+    def build(self, shape):
+        self.factor = self.add_weight(shape=(shape[-1],), initializer="ones", name="factor")
+
+    def call(self, x):
+        return x * self.factor
+
+def own_model(**settings):
+    images = keras.Input((None, None, 3))
+    x = keras.layers.Conv2D(16, 3, padding="same", activation="relu")(images)
+    for _ in range(4):
+        nested = keras.Sequential([keras.Input((None, None, 16)), keras.layers.Conv2D(16, 3, padding="same"),
+                                   keras.layers.BatchNormalization()])
+        x = keras.layers.Add()([x, Scale()(nested(x))])
+    x = keras.layers.Dropout(0.5)(keras.layers.GlobalAveragePooling2D()(x))
+    model = keras.Model(images, keras.layers.Dense(5)(x))
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, **{"jit_compile": False} | settings)
+    return model
+
+def own_batch(size=16, side=96):
+    labels = np.eye(5, dtype="float32")[np.arange(size) % 5]
+    return np.random.default_rng(0).normal(size=(size, side, side, 3)).astype("float32"), labels
+"""
+
+
+def run_code(code, **environment):
+    """Returns the completed process of Python code that starts with the user's model."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("TF_")}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env=clean | environment
+    )
+
+
+def test_api_measures_and_estimates_any_model():
+    done = run_code(
+        "import memory_utils\n" + OWN_MODEL + """
+model, batch = own_model(), own_batch()
+estimated = memory_utils.estimate_training_peak(model, batch[0].shape)
+before = [v.numpy() for v in model.variables]
+measured = memory_utils.measure_training_peak(model, batch)
+assert all((v.numpy() == b).all() for v, b in zip(model.variables, before, strict=True))
+assert not model.optimizer.iterations.numpy()
+model.fit(*batch, batch_size=8, epochs=1, verbose=0)
+assert sum(estimated.split.values()) == estimated.bytes
+print(measured.bytes, estimated.bytes, estimated.peak_at)
+memory_utils.estimate_training_peak(own_model(jit_compile=True), batch[0].shape)
+"""
+    )  # fmt: skip
+    assert done.stderr.count("jit_compile=False") == 1
+    measured, estimated, peak_at = done.stdout.split(maxsplit=2)
+    assert int(estimated) == pytest.approx(int(measured), rel=0.1) and peak_at
+
+
+def test_api_works_after_tensorflow_was_imported():
+    done = run_code(
+        "import tensorflow as tf\ntf.zeros(1) + 1\nimport memory_utils\n" + OWN_MODEL + """
+logging.basicConfig(format="%(message)s", level="WARNING")
+model, batch = own_model(), own_batch(4, 16)
+for _ in range(2):
+    assert memory_utils.measure_training_peak(model, batch).bytes is None
+print(memory_utils.estimate_training_peak(model, batch[0].shape).bytes)
+"""
+    )  # fmt: skip
+    assert int(done.stdout) > 0
+    assert done.stderr.count("is not measured") == 1
+
+
+@pytest.mark.parametrize("unbuilt", [True, False])
+def test_api_builds_sequential_models_and_takes_class_indices(unbuilt):
+    layers = [keras.layers.Flatten(), keras.layers.Dense(3)]
+    model = keras.Sequential(layers if unbuilt else [keras.Input((4, 4, 1)), *layers])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
+    assert memory_utils.estimate_training_peak(model, (8, 4, 4, 1)).bytes > 0
+    peak = memory_utils.measure_training_peak(model, (np.ones((8, 4, 4, 1), "float32"), np.zeros(8, "int64")))
+    assert peak.bytes > 0
+
+
+def test_api_estimates_models_with_several_inputs():
+    inputs = [keras.Input((6,)), keras.Input((4,))]
+    outputs = keras.layers.Dense(1)(keras.layers.Concatenate()(inputs))
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", "mse", jit_compile=False)
+    assert memory_utils.estimate_training_peak(model, [(8, 6), (8, 4)]).bytes > 0
+
+
+def test_api_refuses_models_that_are_not_compiled():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    for call in (memory_utils.estimate_training_peak, memory_utils.measure_training_peak):
+        with pytest.raises(ValueError, match="must be compiled"):
+            call(model, (8, 4))
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="tuple \\(inputs, labels\\)"):
+        memory_utils.measure_training_peak(model, np.zeros((8, 4)))
 
 
 def test_estimates_release_their_slots():

@@ -11,6 +11,7 @@ import itertools
 import math
 from dataclasses import dataclass, field
 
+import keras
 import tensorflow as tf
 
 from core import environment
@@ -104,23 +105,48 @@ def trace(model, input_shape):
     uses it again.
 
     Args:
-        model: keras.Model. Compiled, not trained yet.
-        input_shape: tuple (B, ...). The shape of a batch of inputs. Labels are integers.
+        model: keras.Model. Compiled, not trained yet, with one output.
+        input_shape: tuple (B, ...), the shape of a batch; or a list of such tuples, one
+            per input of the model.
 
     Returns:
         Step.
     """
+    if not model.built:
+        model.build(input_shape)
+    inputs = _input_specs(model, input_shape)
+    labels = _label_spec(model, inputs)
+    # Creates the variables of model, metrics and loss, as train_on_batch does.
+    model._symbolic_build(data_batch=(inputs, labels))
     model.optimizer.build(model.trainable_variables)
-    specs = [tf.TensorSpec((input_shape[0], *image.shape[1:]), image.dtype) for image in model.inputs]
-    inputs = specs[0] if len(specs) == 1 else tuple(specs)
-    labels = tf.TensorSpec(input_shape[:1], tf.int64)
-    # Creates the variables of metrics and loss, as train_on_batch does.
-    one = tf.nest.map_structure(lambda spec: tf.zeros((1, *spec.shape[1:]), spec.dtype), (inputs, labels))
-    model._symbolic_build(data_batch=one)
     model.make_train_function()
     with _noting(model) as notes:
         concrete = _step_function(model).get_concrete_function((inputs, labels, None))
     return _step(concrete, notes, _part_of_variables(model))
+
+
+def _input_specs(model, input_shape):
+    """Returns the tf.TensorSpec of the input, or a list with one per input. The default dtype is float32."""
+    several = isinstance(input_shape[0], (tuple, list))
+    shapes = input_shape if several else [input_shape]
+    dtypes = [one.dtype for one in getattr(model, "inputs", None) or []] or ["float32"] * len(shapes)
+    specs = [tf.TensorSpec(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    return specs if several else specs[0]
+
+
+def _label_spec(model, inputs):
+    """Returns the tf.TensorSpec of the labels: class indices for a sparse loss, else like the output."""
+    # Keras has the answer ready for an unknown batch size.
+    symbols = tf.nest.map_structure(lambda spec: keras.KerasTensor((None, *spec.shape[1:]), spec.dtype.name), inputs)
+    output = model.compute_output_spec(symbols)
+    if not isinstance(output, keras.KerasTensor):
+        raise ValueError(f"the model must have one output to be estimated. Received: {type(output).__name__}.")
+    batch_size = tf.nest.flatten(inputs)[0].shape[0]
+    loss = model.loss
+    name = loss if isinstance(loss, str) else getattr(loss, "name", None) or getattr(loss, "__name__", "")
+    if "sparse" in name:
+        return tf.TensorSpec((batch_size, *output.shape[1:-1]), tf.int64)
+    return tf.TensorSpec((batch_size, *output.shape[1:]), output.dtype)
 
 
 def trace_inference(model, input_shape):
