@@ -7,6 +7,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from own_layers import NormalizedConv
 
 import models
 from core.config import Config
@@ -209,6 +210,19 @@ def test_bn_mode_is_independent_of_freezing(nested, mode, frozen):
     affine = set() if frozen else {"bn/gamma", "bn/beta"}
     others = {"conv/kernel", "head/kernel", "head/bias"}
     assert moved(model, before) == statistics | affine | others
+
+
+@pytest.mark.parametrize("mode", ["stored", "batch"])
+def test_bn_mode_holds_inside_custom_layers(mode):
+    inputs = keras.Input((8, 8, 3))
+    x = keras.layers.GlobalAveragePooling2D()(NormalizedConv(4, name="block")(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(2)(x))
+    assert len(batchnorm.layers(model)) == 1
+    batchnorm.MODES[mode](model)
+    before = snapshot(model)
+    fit_two_steps(model, 8)
+    statistics = {f"block/inner_norm/moving_{name}" for name in ("mean", "variance")}
+    assert {path for path in moved(model, before) if "moving" in path} == (statistics if mode == "batch" else set())
 
 
 def test_training_mode_uses_stored_statistics():
