@@ -1,4 +1,4 @@
-"""Peak memory: the simulated allocator and step against hand counts, the convention, the command line, the budget."""
+"""Peak memory: the simulation against hand counts, the convention, the command line, budgets, the Python API."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_free_chunk_is_split_from_twice_the_request():
     allocator = Allocator()
     chunk, wall = allocator.allocate(4096), allocator.allocate(256)
     allocator.release(chunk)
-    assert allocator.allocate(2304).size == 4096  # too small a rest: wasted
+    assert allocator.allocate(2304).size == 4096  # the rest is too small to be split off
     allocator.release(chunk)
     assert allocator.allocate(2048).size == 2048
     assert wall.size == 256
@@ -62,11 +62,11 @@ def test_neighbours_merge_when_released():
 
 BATCH = 16
 SIDE = 32
-MAP = BATCH * SIDE * SIDE * 8 * 4  # bytes of an activation with 8 channels; all of these toys' have them
+MAP = BATCH * SIDE * SIDE * 8 * 4  # bytes of an activation with 8 channels, as all networks here have
 
 
 class Exact(Allocator):
-    """Hands out what is asked for, without waste, so that hand counts come out whole."""
+    """Hands out exactly the requested bytes, so that hand counts are whole numbers."""
 
     def allocate(self, num_bytes):
         self.in_use += num_bytes
@@ -112,7 +112,7 @@ def normalized(bn_stats):
 
 
 def traced(network, trained=None, **flags):
-    """The Step that trains the layers with these names, all by default."""
+    """Returns the Step that trains the layers with these names, by default all."""
     weights = [w.path for w in network.trainable_weights if trained is None or w.path.split("/")[0] in trained]
     freeze(network, weights)
     compile_model(network.model, make_optimizer(Config(**flags), total_steps=10))
@@ -120,7 +120,7 @@ def traced(network, trained=None, **flags):
 
 
 def maps(network, trained=None):
-    """Estimated (kept activations, temporary memory) at the peak, in maps; weights are next to nothing here."""
+    """Returns the estimated (kept activations, temporary memory) at the peak, in maps. Weights are tiny here."""
     found = estimate.of_step(traced(network, trained), allocator=Exact())
     assert sum(found.split.values()) == found.bytes
     assert found.split["weights"] + found.split["gradients"] + found.split["optimizer"] < 0.1 * MAP
@@ -128,39 +128,39 @@ def maps(network, trained=None):
 
 
 def test_chain_keeps_each_activation_once():
-    # The batch and three tanh. The fourth is used up; its error and what that becomes stand side by side.
+    # The batch and three tanh. The fourth is no longer needed; its gradient and the next one exist together.
     assert maps(chain()) == (4, 2)
 
 
 def test_nothing_before_the_first_trained_layer_is_kept():
-    # conv3's gradient needs its input, conv2's tanh, and its own tanh. The batch is there all the time.
+    # conv3's gradient needs its input, conv2's tanh, and its own tanh. The batch is always in memory.
     assert maps(chain(), {"conv3", "head"}) == (3, 1)
     # The classifier alone keeps no map: the batch, an input and an output of a layer.
     assert maps(chain(), {"head"}) == (1, 2)
 
 
 def test_activations_of_a_frozen_tail_are_kept():
-    # The batch, all four tanh, and the error before the last of them.
+    # The batch, all four tanh, and the gradient of the last one.
     assert maps(chain(), {"conv0", "head"}) == (5, 1)
 
 
 def test_residual_block_keeps_inputs_of_its_branch():
-    # The batch, stem, branch and their sum, which is last's input; last's error and what it becomes.
+    # The batch, stem, branch and their sum, which is the input of `last`; two gradients at `last`.
     assert maps(residual_block()) == (4, 2)
-    # Stem and branch are read by nobody once their sum is there: the batch, sum, last; the error.
+    # Nothing reads stem and branch after their sum: the batch, sum, last; one gradient.
     assert maps(residual_block(), {"last", "head"}) == (3, 1)
 
 
 @pytest.mark.parametrize("bn_stats", ["stored", "batch"])
 def test_trained_batch_normalization_keeps_its_input(bn_stats):
-    # The batch, bn's input and output; conv1's error and what it becomes.
+    # The batch, bn's input and output; two gradients at conv1.
     assert maps(normalized(bn_stats)) == (3, 2)
 
 
 def test_frozen_batch_normalization_costs_by_mode():
-    # Stored statistics scale the error: the batch, conv1's tanh; the error.
+    # Stored statistics only scale the gradient: the batch, conv1's tanh; one gradient.
     assert maps(normalized("stored"), {"conv0", "head"}) == (2, 1)
-    # Those of the batch hang on bn's input, and the error comes back on three ways at once.
+    # Batch statistics depend on bn's input, so that three gradients exist together.
     assert maps(normalized("batch"), {"conv0", "head"}) == (2, 3)
 
 
@@ -235,7 +235,7 @@ def test_every_run_reports_three_figures(tiny, tmp_path):  # noqa: F811
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Estimates by count of weights instead of traces, 1 MB each; the lists of weights that were asked about."""
+    """Replaces each estimate by 1 MB per weight, and returns the lists of weights that were estimated."""
     asked = []
 
     def count(network, weights, cfg, batch_size):
@@ -257,7 +257,7 @@ def test_longest_prefix_that_fits_trains(tiny, tmp_path, steps):  # noqa: F811
     assert {row["path"] for row in ranked[:length]} == set(selection["selected"]) and selection["budget"] == length
     assert summary["memory_budget_mb"] == 8 and summary["num_trained_layers"] == 4
     assert summary["budget_next_layer"] == ranked[length]["path"] and summary["budget_next_bytes_estimated"] > 8 * MB
-    assert len(steps) <= 5  # bisection, not a walk
+    assert len(steps) <= 5  # a bisection
 
 
 def test_memory_budget_applies_within_rho(tiny, tmp_path, steps):  # noqa: F811
@@ -298,7 +298,7 @@ def test_measured_peak_is_within_the_budget(tiny, tmp_path):  # noqa: F811
 
 
 def test_figure_shows_convention_and_measurement(tmp_path, monkeypatch):
-    # Each bar's figures are made up here: the real ones are memory_utils' and the convention's own tests.
+    # The figures of each bar are replaced; other tests check the real ones.
     monkeypatch.setattr(figure, "_figures", lambda cfg, bar: (100.0, 200.0 if bar == "inference" else None))
     text = figure.draw(Config(batch_size=8), str(tmp_path / "figure.png"))
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
