@@ -109,7 +109,7 @@ def run(cfg: Config, early_log: logging.Handler) -> int:
         for name, content in run.selection.files.items():
             folder.write_json(name, content)
         if cfg.select_only:
-            print(report.ranking_table(run.selection))
+            print(run.selection.table())
             return 0
         report.announce_selection(network, run.selection, run.result.selection_s)
         if not saved:
@@ -205,7 +205,7 @@ def choose_cache(run: Progress) -> None:
     from models.freezing import freeze
     from training import features
 
-    freeze(run.network, run.selection.trained_weights)
+    freeze(run.network.model, run.selection)
     run.result.cached_in, message = features.choose(run.network, run.images, run.cfg)
     log.info("%s", message)
     cached = run.result.cached_in != "off"

@@ -61,7 +61,7 @@ def fine_tune(
         if segment.selects:
             current = reselect(current, segment.first, result)
             folder.write_json("selection.json", report.selection_record(cfg, selection, result.reselections))
-        freeze(network, current.trained_weights)
+        freeze(network.model, current)
         trained, batches = network, data
         if result.cached_in != "off":
             batches = features.load(network, data, cfg, result)

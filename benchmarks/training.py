@@ -155,7 +155,7 @@ def frozen_model(task: dict):
     batches = data.load(cfg)
     environment.seed_everything(cfg.seed)
     network = models.build(cfg, batches.num_classes)
-    freeze(network, json.loads((reference / "selection.json").read_text())["trained_weights"])
+    freeze(network.model, json.loads((reference / "selection.json").read_text())["trained_weights"])
     compile_model(network.model, make_optimizer(cfg, cfg.num_epochs * batches.steps_per_epoch))
     parts = list(batches.train_batches(0, 1))
     images, labels = (np.concatenate([part[i].numpy() for part in parts]) for i in (0, 1))

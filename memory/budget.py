@@ -31,7 +31,7 @@ def head_peak_bytes(network, cfg: Config, batch_size: int) -> int:
         batch_size: int. Images per training batch.
     """
     needed = peak_bytes(network, [weight.path for weight in network.head.weights], cfg, batch_size)
-    freeze(network, [weight.path for weight in network.trainable_weights])  # a selection may need all gradients
+    freeze(network.model, [weight.path for weight in network.trainable_weights])  # a selection may need all gradients
     return needed
 
 
@@ -90,7 +90,7 @@ def fit(network, selection: Selection, cfg: Config, batch_size: int) -> tuple[Se
 
 def peak_bytes(network, trained_weights: Collection[str], cfg: Config, batch_size: int) -> int:
     """Freezes all but the given weights, and returns the estimated peak of a training step in bytes."""
-    freeze(network, trained_weights)
+    freeze(network.model, trained_weights)
     optimizer = make_optimizer(cfg, total_steps=1)
     compile_model(network.model, optimizer)
     try:

@@ -157,7 +157,7 @@ def _compile(network, trained_weights, cfg):
     from models.compiling import compile_model, make_optimizer
     from models.freezing import freeze
 
-    freeze(network, trained_weights)
+    freeze(network.model, trained_weights)
     compile_model(network.model, make_optimizer(cfg, total_steps=100))
 
 

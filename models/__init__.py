@@ -6,6 +6,7 @@ and `--help` is printed, without TensorFlow and Keras.
 
 from __future__ import annotations
 
+import collections
 import difflib
 import os
 import re
@@ -16,13 +17,13 @@ from typing import Any
 from core.config import Config
 from core.errors import RunError, UsageError
 from models import keras_file
-from models.freezing import freeze_model as freeze
+from models.freezing import freeze
 from models.table import APPLICATIONS, BACKBONES, MODELS, Backbone, Imagenet
 
 __all__ = [
     "APPLICATIONS", "BACKBONES", "MODELS", "Backbone", "Imagenet", "Network", "assemble", "build", "check_flags",
     "check_input_size", "check_weights", "default_input_size", "files_to_fetch", "freeze", "known_name", "load_weights",
-    "models_table", "prepare", "short_name",
+    "models_table", "prepare", "short_name", "wrap",
 ]  # fmt: skip
 
 # Values of --weights that are not a path.
@@ -37,8 +38,9 @@ class Network:
     Attributes:
         model: keras.Model. Raw RGB images, float32 in 0..255, of shape
             (B, S, S, 3) to logits, float32 (B, num_classes).
-        head: keras.Layer. The layer that computes the logits: a new Dense named `head`, or
-            that of a model file with `--keep_head`.
+        head: keras.Layer or None. The layer that computes the logits: a new Dense named
+            `head`, or that of a model file with `--keep_head`. It always trains. A model
+            from Python may have none.
         candidates: list of models.layers.Candidate. The layers that can be selected, in
             forward order, the head included.
         trainable_weights: list of keras.Variable. All weights that can train, those of
@@ -261,6 +263,37 @@ def files_to_fetch(cfg: Config) -> list:
     from models import imagenet
 
     return imagenet.files_to_fetch(imagenet.source_of(cfg), cfg.input_size)
+
+
+def wrap(model, inputs, head, bn_stats: str) -> Network:
+    """Returns the Network of any Keras model.
+
+    Args:
+        model: keras.Model. It is built if it is not yet.
+        inputs: array or tensor of shape (B, ...), or the structure of them that the model takes.
+        head: keras.Layer or None. A candidate layer.
+        bn_stats: str. `stored` or `batch`.
+
+    Raises:
+        UsageError: if the model has no candidate layer, or not this head, or two weights with
+            one path.
+    """
+    from models.layers import find_candidates, trainable_weights  # imports Keras
+
+    if not model.built:
+        model(inputs, training=False)
+    candidates, weights = find_candidates(model, inputs), trainable_weights(model)
+    if not candidates:
+        raise UsageError(
+            f"a model needs a layer that can train and computes one output per example. Received: {model.name}, "
+            "without one; set `trainable` of its layers to True."
+        )
+    if head is not None and head.path not in {candidate.path for candidate in candidates}:
+        raise UsageError(f"`head` must be a layer that can train. Received: {head.path}; give a layer of the model.")
+    path, count = collections.Counter(weight.path for weight in weights).most_common(1)[0]
+    if count > 1:
+        raise UsageError(f"a model needs weights with unique paths. Received: {count} weights {path}; rename layers.")
+    return Network(model, head, candidates, weights, bn_stats=bn_stats)
 
 
 def build(cfg: Config, num_classes: int) -> Network:

@@ -12,7 +12,7 @@ from keras.src.backend.common import global_state
 
 import models
 from core.config import Config
-from models.layers import find_candidates
+from models.layers import find_candidates, trainable_weights
 from models.table import MODELS
 
 # Of the ImageNet images: the mean in the order blue, green, red, for values in 0..255, and mean
@@ -103,14 +103,8 @@ def with_head(
 
 
 def network_of(model: keras.Model, head: keras.Layer, backbone: keras.Model):
-    """Returns the models.Network of a model whose layers can all train."""
-    return models.Network(
-        model=model,
-        head=head,
-        candidates=find_candidates(model),
-        trainable_weights=list(model.trainable_weights),
-        backbone=backbone,
-    )
+    """Returns the models.Network of a model and its parts."""
+    return models.Network(model, head, find_candidates(model), trainable_weights(model), backbone)
 
 
 def _application_features(row, alpha, preprocessed):

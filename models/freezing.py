@@ -3,61 +3,42 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Collection
 
 from core.errors import RunError, UsageError
 
 
-def freeze(network, trained_weights: Collection[str]) -> None:
-    """Makes exactly the weights with these paths trainable.
-
-    The flag is set on each weight, not on its layer: a layer that is not trainable would
-    also change the mode of its batch normalization.
-
-    Args:
-        network: models.Network.
-        trained_weights: collection of str. Paths of weights.
-
-    Raises:
-        RunError: if a path belongs to no weight.
-    """
-    wanted = set(trained_weights)
-    unknown = wanted - {weight.path for weight in network.trainable_weights}
-    if unknown:
-        raise RunError(f"every selected weight must be in the network. Received: {sorted(unknown)[:3]}.")
-    for weight in network.trainable_weights:
-        weight.trainable = weight.path in wanted
-    training = {weight.path for weight in network.model.trainable_variables}
-    if training != wanted:
-        raise RunError(
-            f"the trained weights must be the selected ones. Received: a difference in {sorted(training ^ wanted)[:3]}."
-        )
-
-
-def freeze_model(model, selection) -> None:
+def freeze(model, selection) -> None:
     """Makes exactly the weights of a selection trainable, in any Keras model.
 
-    Compile the model afterwards: `fit` then trains these weights alone. The mode of batch
-    normalization does not change.
+    The flag is set on each weight, not on its layer: a layer that is not trainable would
+    also change the mode of its batch normalization. Compile the model afterwards: `fit`
+    then trains these weights alone. A model can be frozen again for another selection.
 
     Args:
         model: keras.Model, the one that was ranked, or an equal one.
         selection: Selection, or a collection of str: paths of weights.
 
     Raises:
-        UsageError: if a path belongs to no weight of the model, or to several.
+        UsageError: if a path belongs to no weight that can train, or to several.
     """
+    from models.layers import trainable_weights  # imports Keras
+
     wanted = set(getattr(selection, "trained_weights", selection))
-    paths = collections.Counter(weight.path for weight in model.weights)
-    wrong = sorted(path for path in wanted if paths[path] != 1)
+    weights = trainable_weights(model)
+    counts = collections.Counter(weight.path for weight in weights)
+    wrong = sorted(path for path in wanted if counts[path] != 1)
     if wrong:
         raise UsageError(
-            f"each selected path must belong to one weight of the model. Received: {wrong[0]}, which belongs to "
-            f"{paths[wrong[0]]}; rank and freeze the same model, with unique layer names."
+            f"each selected path must belong to one weight that can train. Received: {wrong[0]}, which belongs to "
+            f"{counts[wrong[0]]}; rank and freeze the same model, with unique layer names."
         )
-    for weight in model.weights:
-        if weight.trainable or weight.path in wanted:
-            weight.trainable = weight.path in wanted
+    for weight in weights:
+        weight.trainable = weight.path in wanted
+    training = {weight.path for weight in model.trainable_weights}
+    if training != wanted:
+        raise RunError(
+            f"the trained weights must be the selected ones. Received: a difference in {sorted(training ^ wanted)[:3]}."
+        )
 
 
 def changing_variables(network) -> list:

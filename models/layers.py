@@ -93,34 +93,55 @@ def watching(layers: list, observe: Callable):
     return calls_replaced(layers, watched)
 
 
-def find_candidates(model: keras.Model) -> list[Candidate]:
+def trainable_weights(model: keras.Model) -> list:
+    """Returns the weights that can train, in the model's order, whether they are frozen or not.
+
+    Weights of a layer whose `trainable` is False cannot train.
+    """
+    can_train = {id(weight) for layer in model._flatten_layers() for weight in _own_trainable_weights(layer)}
+    return [weight for weight in model.weights if id(weight) in can_train]
+
+
+def _own_trainable_weights(layer):
+    # Unlike `trainable_weights`, Keras' own list does not depend on the `trainable` of single weights.
+    return layer._trainable_variables if layer.trainable else []
+
+
+def find_candidates(model: keras.Model, inputs=None) -> list[Candidate]:
     """Returns the model's candidate layers, in the order of the forward pass.
 
-    It traces one symbolic pass with an open batch axis, and computes nothing. Call it
-    before anything is frozen.
+    It traces one symbolic pass with an open batch axis, and computes nothing. A layer
+    inside a loop, such as the cell of a recurrent layer, is no candidate.
 
     Args:
-        model: keras.Model with one input of known shape but for the batch.
+        model: keras.Model, built.
+        inputs: tensor of shape (B, ...), or the structure of tensors that the model takes,
+            for its shapes and dtypes. None uses those of the model's only input.
 
     Returns:
         list of Candidate. A layer that is called twice has the place of its first call.
     """
-    sizes = {}
+    sizes: dict = {}
+    graphs: list = []
 
     def note_size(layer, output):
-        if id(layer) not in sizes and isinstance(output, tf.Tensor):
+        if id(layer) not in sizes and isinstance(output, tf.Tensor) and output.graph is graphs[0]:
             batch, *rest = output.shape
             if batch is None and None not in rest:
                 sizes[id(layer)] = (layer, math.prod(rest))
         return output
 
+    def forward(inputs):
+        graphs.append(tf.compat.v1.get_default_graph())
+        return model(inputs, training=False)
+
+    inputs = model.inputs[0] if inputs is None else inputs
+    specs = tf.nest.map_structure(lambda one: tf.TensorSpec((None, *one.shape[1:]), one.dtype), inputs)
     with watching(leaf_layers(model), note_size):
-        tf.function(lambda images: model(images, training=False)).get_concrete_function(
-            tf.TensorSpec(model.inputs[0].shape, model.inputs[0].dtype)
-        )
+        tf.function(forward).get_concrete_function(specs)
 
     return [
-        Candidate(layer, layer.path, size, tuple(layer.trainable_weights))
+        Candidate(layer, layer.path, size, tuple(_own_trainable_weights(layer)))
         for layer, size in sizes.values()
-        if layer.trainable_weights
+        if _own_trainable_weights(layer)
     ]

@@ -299,22 +299,5 @@ def console_block(summary: dict) -> str:
     return "\n".join([rule, *(f"{name}: {value}" for name, value in lines), rule])
 
 
-def ranking_table(selection: Selection) -> str:
-    """Returns the layers as a table: by rank if they are ranked, else in forward order."""
-    rows = sorted(selection.layers, key=lambda row: row["rank"] or math.inf)
-    path_width = max(len(row["path"]) for row in rows)
-    lines = [
-        f"{'rank':>4}  {'layer':<{path_width}}  {'b1':>7}  {'activation':>10}  {'weights':>9}  {'score':>10}  trains"
-    ]
-    for row in rows:
-        rank = "-" if row["rank"] is None else row["rank"]
-        score = "-" if row["score"] is None else format(row["score"], ".3e")
-        lines.append(
-            f"{rank:>4}  {row['path']:<{path_width}}  {_number(row['betti_1'], 2):>7}  {row['activation_size']:>10}  "
-            f"{row['num_weights']:>9}  {score:>10}  {'yes' if row['selected'] else ''}".rstrip()
-        )
-    return "\n".join(lines)
-
-
 def _number(value, digits, unit=1):
     return "-" if value is None else f"{value / unit:.{digits}f}"

@@ -15,8 +15,9 @@ from functools import partial
 
 from selection import baselines, elastic, fisher, prunetrain, rgn, spectrum, topology
 from selection.ranking import Selection
+from selection.topology import rank_layers
 
-__all__ = ["ALIASES", "SCHEMES", "SELECTION_FLAGS", "SUMMARY_FACTS", "Scheme", "Selection"]
+__all__ = ["ALIASES", "SCHEMES", "SELECTION_FLAGS", "SUMMARY_FACTS", "Scheme", "Selection", "rank_layers"]
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,10 @@ _CONTROL = frozenset({"rho", "exclude_layers", "memory_budget_mb"})
 _EXCLUDE = frozenset({"exclude_layers"})
 
 
-def _topology(select, help):
-    return Scheme(help, select, topology.check, _RANKING | {"betti_points"}, learning_rate=1e-2)
+def _topology(scheme, help):
+    return Scheme(
+        help, partial(topology.select, scheme=scheme), topology.check, _RANKING | {"betti_points"}, learning_rate=1e-2
+    )
 
 
 def _labelled(select, help):
@@ -90,10 +93,10 @@ def _control(select, help, learning_rate):
 
 SCHEMES = {
     "act_norm_betti_train": _topology(
-        topology.by_activation_size, "AdaBet: the top rho of the layers by b1 / activation size"
+        "act_norm_betti_train", "AdaBet: the top rho of the layers by b1 / activation size"
     ),
-    "betti_train": _topology(topology.by_count, "the top rho by b1"),
-    "weight_norm_betti_train": _topology(topology.by_num_weights, "the top rho by b1 / number of weights"),
+    "betti_train": _topology("betti_train", "the top rho by b1"),
+    "weight_norm_betti_train": _topology("weight_norm_betti_train", "the top rho by b1 / number of weights"),
     "full_training": Scheme("every weight", baselines.everything, baselines.check_eligible, _EXCLUDE, 1e-2),
     "traditional_tl_training": Scheme(
         "the head alone", baselines.head_only, baselines.check_nothing, frozenset(), 1e-2

@@ -59,6 +59,24 @@ class Selection:
         """Returns everything except the functions, as a JSON-ready dict."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _FUNCTIONS}
 
+    def table(self) -> str:
+        """Returns the layers as text: by rank if they are ranked, else in forward order."""
+        rows = sorted(self.layers, key=lambda row: row["rank"] or math.inf)
+        width = max(len(row["path"]) for row in rows)
+        lines = [
+            f"{'rank':>4}  {'layer':<{width}}  {'b1':>7}  {'activation':>10}  {'weights':>9}  {'score':>10}  trains"
+        ]
+        for row in rows:
+            rank, b1, score = (
+                "-" if row[name] is None else format(row[name], form)
+                for name, form in (("rank", "d"), ("betti_1", ".2f"), ("score", ".3e"))
+            )
+            lines.append(
+                f"{rank:>4}  {row['path']:<{width}}  {b1:>7}  {row['activation_size']:>10}  {row['num_weights']:>9}  "
+                f"{score:>10}  {'yes' if row['selected'] else ''}".rstrip()
+            )
+        return "\n".join(lines)
+
     @classmethod
     def from_record(cls, record: dict) -> Selection:
         """Returns the Selection of such a dict, without functions."""
@@ -210,13 +228,14 @@ def select_weights(network, chosen: set[str], scores: Sequence[float] | None = N
 
 
 def _selection(network, chosen, scores, ranks, columns=(), max_layers=None, stability=None, other_weights=()):
-    trained = chosen | {network.head.path}
+    head = {network.head.path} if network.head else set()
+    trained = chosen | head
     weights = {w.path for c in network.candidates if c.path in trained for w in c.weights}
     weights.update(other_weights)
     return Selection(
         trained_weights=tuple(w.path for w in network.trainable_weights if w.path in weights),
         selected=tuple(c.path for c in network.candidates if c.path in chosen),
-        head_added=network.head.path not in chosen,
+        head_added=not head <= chosen,
         max_layers=max_layers,
         layers=[
             {

@@ -22,7 +22,6 @@ from core.config import Config
 from core.errors import UsageError
 from main import main
 from models import batchnorm, cut
-from models.freezing import freeze as freeze_network
 from run import flags
 
 ROOT = Path(__file__).parent.parent
@@ -338,7 +337,7 @@ def test_own_model_can_be_cut_for_cached_features(save, frozen_before):
     network = models.build(config(save(own_model())), 10)
     paths = [candidate.path for candidate in network.candidates]
     trained = network.candidates[paths.index(frozen_before)].weights
-    freeze_network(network, [weight.path for weight in (*trained, *network.head.weights)])
+    models.freeze(network.model, [weight.path for weight in (*trained, *network.head.weights)])
     found = cut.find_cut(network.model)
     assert found is not None and found.saved > 0.3
     np.testing.assert_allclose(found.suffix(found.prefix(images())), network.model(images()), atol=1e-5)

@@ -259,7 +259,7 @@ def test_counts_equal_the_reference_and_selected_weights_move(name):
 
     middle = network.candidates[len(network.candidates) // 2]
     trained = {weight.path for weight in [*middle.weights, *network.head.weights]}
-    freeze(network, trained)
+    freeze(network.model, trained)
     before = {variable.path: variable.numpy() for variable in network.model.weights}
     network.model.compile(keras.optimizers.SGD(1.0), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     network.model.train_on_batch(batch, labels)

@@ -93,7 +93,7 @@ def outputs(cut, images):
 def test_cut_is_before_the_first_trained_layer(make, layers, expected):
     keras.backend.clear_session()
     network = network_of(make())
-    freeze(network, [w.path for w in network.trainable_weights if w.path.startswith((f"{layers}/", "head/"))])
+    freeze(network.model, [w.path for w in network.trainable_weights if w.path.startswith((f"{layers}/", "head/"))])
     cut = find_cut(network.model)
     assert cut.name == expected
     assert {w.path for w in cut.suffix.trainable_variables} == {w.path for w in network.model.trainable_variables}
@@ -117,7 +117,7 @@ def test_cut_inside_a_residual_block_keeps_each_branch(model_name):
     network = backbones.assemble(cfg, 10)
     batchnorm.use_stored_statistics(network.model)
     layer = {"resnet50": "conv5_block3_2_conv", "mobilenetv2": "block_14_depthwise"}[model_name]
-    freeze(network, [w.path for w in network.trainable_weights if w.path.startswith((layer, "head/"))])
+    freeze(network.model, [w.path for w in network.trainable_weights if w.path.startswith((layer, "head/"))])
     cut = find_cut(network.model)
     images, _ = digits_images(4, 32)
     assert len(cut.layers) == 2
@@ -126,7 +126,10 @@ def test_cut_inside_a_residual_block_keeps_each_branch(model_name):
 
 def test_vit_is_cut_between_its_blocks():
     network = small_vit_network()
-    freeze(network, [w.path for w in network.trainable_weights if "transformer_block_2" in w.path or "head" in w.path])
+    freeze(
+        network.model,
+        [w.path for w in network.trainable_weights if "transformer_block_2" in w.path or "head" in w.path],
+    )
     cut = find_cut(network.model)
     images, _ = digits_images(4, 32)
     assert cut.saved > 0.2

@@ -114,7 +114,7 @@ def normalized(bn_stats):
 def traced(network, trained=None, **flags):
     """Returns the Step that trains the layers with these names, by default all."""
     weights = [w.path for w in network.trainable_weights if trained is None or w.path.split("/")[0] in trained]
-    freeze(network, weights)
+    freeze(network.model, weights)
     compile_model(network.model, make_optimizer(Config(**flags), total_steps=10))
     return step_graph.trace(network.model, (BATCH, SIDE, SIDE, 8))
 
