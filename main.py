@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
@@ -105,13 +104,12 @@ def run(cfg: Config, early_log: logging.Handler) -> int:
             resume(run, saved)
         else:
             begin(run)
-        folder.write_json("selection.json", report.selection_record(cfg, run.selection, run.result.reselections))
-        for name, content in run.selection.files.items():
+        for name, content in report.selection_files(cfg, run.selection, run.result.reselections).items():
             folder.write_json(name, content)
         if cfg.select_only:
             print(run.selection.table())
             return 0
-        report.announce_selection(network, run.selection, run.result.selection_s)
+        report.announce_selection(network, run.result.latest_selection(run.selection), run.result.selection_s)
         if not saved:
             choose_cache(run)
             checkpoint.save_selection(folder.path, run.selection, run.result)
@@ -169,17 +167,27 @@ def write_config(cfg: Config, images, network, folder: run_folder.RunFolder) -> 
 
 
 def begin(run: Progress) -> None:
-    """Selects what trains, and measures the cost of the selection."""
-    from memory import budget
-    from memory.measure import measured_peak
+    """Selects what trains, or the head alone for a warm-up, and measures the cost of the selection."""
+    import train
 
-    start = time.perf_counter()
-    with measured_peak() as peak:
-        run.selection = SCHEMES[run.cfg.train_type].select(run.network, run.images.selection_batches, run.cfg)
-    run.result = Result(selection_s=time.perf_counter() - start, selection_peak_bytes=peak.bytes)
-    if run.cfg.memory_budget_mb is not None:
-        run.selection, next_layer, next_bytes = budget.fit(run.network, run.selection, run.cfg, run.images.batch_size)
-        run.result = replace(run.result, budget_next_layer=next_layer, budget_next_bytes=next_bytes)
+    if run.cfg.warmup_epochs:
+        run.selection = warm_up(run)
+    else:
+        run.selection = train.select(lambda: select(run), run.network, run.cfg, run.images.batch_size, run.result)
+
+
+def select(run: Progress) -> Selection:
+    """Returns what the scheme selects."""
+    from models import freeze
+
+    freeze(run.network.model, [weight.path for weight in run.network.trainable_weights])  # it may need all gradients
+    return SCHEMES[run.cfg.train_type].select(run.network, run.images.selection_batches, run.cfg)
+
+
+def warm_up(run: Progress) -> Selection:
+    """Returns the Selection of the head alone, which the scheme's follows when training asks again."""
+    head = SCHEMES["traditional_tl_training"].select(run.network, run.images.selection_batches, run.cfg)
+    return replace(head, reselect=lambda epoch: select(run))
 
 
 def resume(run: Progress, saved) -> None:
@@ -192,7 +200,9 @@ def resume(run: Progress, saved) -> None:
     run.selection = Selection.from_record(saved.record["selection"])
     run.result = Result.from_record(saved.record["result"])
     restore = functools.partial(SCHEMES[run.cfg.train_type].restore, run.network, run.images.selection_batches, run.cfg)
-    if run.result.reselections:  # only the selection that holds has to select again
+    if run.cfg.warmup_epochs and not run.result.reselections:
+        run.selection = warm_up(run)
+    elif run.result.reselections:  # only the selection that holds has to select again
         epoch, current = run.result.reselections[-1]
         run.result.reselections[-1] = (epoch, restore(current))
     else:
@@ -202,7 +212,7 @@ def resume(run: Progress, saved) -> None:
 
 def choose_cache(run: Progress) -> None:
     """Decides whether training reads cached features, and completes config.json."""
-    from models.freezing import freeze
+    from models import freeze
     from training import features
 
     freeze(run.network.model, run.selection)

@@ -68,6 +68,7 @@ _FLAGS = [
     "exclude_layers",
     "num_betti_batches",
     "optimizer",
+    "momentum",
     "weights",
     "bn_stats",
     "dropout",

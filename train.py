@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 import keras
@@ -19,14 +19,14 @@ import keras
 from core import signals, strategy
 from core.config import Config
 from core.errors import RunError
-from memory import estimate
+from memory import budget, estimate
 from memory.measure import measured_peak, measured_training_step
 from models.compiling import compile_model, make_optimizer
 from models.freezing import changing_variables, freeze
 from run import report
 from selection.ranking import Selection
 from training import features
-from training.callbacks import BestEpoch, Checkpointer, EpochClock, ProgressBar, StopWhenDiverged, restore
+from training.callbacks import BestEpoch, Checkpointer, EpochClock, ProgressBar, StopEarly, StopWhenDiverged, restore
 from training.checkpoint import Checkpoint
 from training.result import Result, largest_known
 from training.segments import Segment, plan_segments
@@ -53,14 +53,15 @@ def fine_tune(
         RunError: if a frozen weight has changed.
     """
     split = "validation" if cfg.protocol == "validation" else "test"
-    current, best = result.latest_selection(selection), BestEpoch()
-    interval = cfg.interval if current.reselect else cfg.num_epochs
+    current, best = result.latest_selection(selection), BestEpoch(cfg.early_stopping, cfg.warmup_epochs)
     done = (saved.record["epoch"], saved.record["step"]) if saved else (0, 0)
+    interval = (cfg.interval if current.reselect else None) or cfg.num_epochs
     optimizer = None
-    for segment in plan_segments(cfg.num_epochs, interval, *done):
+    for segment in plan_segments(cfg.num_epochs, interval, *done, cfg.warmup_epochs):
         if segment.selects:
-            current = reselect(current, segment.first, result)
-            folder.write_json("selection.json", report.selection_record(cfg, selection, result.reselections))
+            current = reselect(current, segment.first, network, cfg, data.batch_size, result)
+            for name, content in report.selection_files(cfg, selection, result.reselections).items():
+                folder.write_json(name, content)
         freeze(network.model, current)
         trained, batches = network, data
         if result.cached_in != "off":
@@ -68,8 +69,9 @@ def fine_tune(
             trained = replace(network, model=batches.cut.suffix)
             compile_model(network.model, make_optimizer(cfg, 1))  # for the test; this optimizer has no slots
         optimizer = compile_anew(trained.model, cfg, cfg.num_epochs * data.steps_per_epoch, optimizer)
-        # The best epoch may precede a re-selection, so all that any selection trains has to be kept.
-        best.variables = network.model.variables if current.reselect else changing_variables(network)
+        # The best epoch may precede a later selection, so all that any selection trains has to be kept.
+        selects_later = current.reselect or cfg.warmup_epochs
+        best.variables = network.model.variables if selects_later else changing_variables(network)
         train_segment(
             segment,
             trained,
@@ -85,6 +87,9 @@ def fine_tune(
         )
         if result.status == "diverged":
             return
+        if best.exhausted(len(result.epochs)):
+            log.info("Training stopped after epoch %d; the best was epoch %d.", len(result.epochs), best.epoch)
+            break
 
     best.restore()
     result.best_epoch = best.epoch
@@ -174,21 +179,23 @@ def train_segment(
         )
         stop = StopWhenDiverged(data.steps_per_epoch)
         tensorboard = keras.callbacks.TensorBoard(folder.path / "tensorboard", write_graph=False)
-        callbacks = [penalties, stop, clock, best, ProgressBar(cfg.num_epochs), tensorboard, checkpointer]
+        callbacks = [
+            penalties,
+            stop,
+            clock,
+            best,
+            ProgressBar(cfg.num_epochs),
+            tensorboard,
+            checkpointer,
+            StopEarly(best),
+        ]
         try:
             if steps_done:
                 finish_epoch(model, data, epoch, steps_done, held_out, callbacks)
                 epoch += 1
-            if epoch < segment.end and not stop.advice:
-                fit(
-                    model,
-                    data.train_batches(epoch, segment.end),
-                    epoch,
-                    segment.end,
-                    data.steps_per_epoch,
-                    held_out,
-                    callbacks,
-                )
+            if epoch < segment.end and not stop.advice and not best.exhausted(epoch):
+                batches = data.train_batches(epoch, segment.end)
+                fit(model, batches, epoch, segment.end, data.steps_per_epoch, held_out, callbacks)
         finally:
             account()
         signals.release()
@@ -291,9 +298,8 @@ def measure(network, batches, result: Result, outside_bytes: int = 0) -> float:
     """
     model = network.model
     images, labels = next(iter(batches))
-    devices = model.distribute_strategy.num_replicas_in_sync
-    if devices > 1:  # one device's part of a batch
-        images, labels = images[: len(labels) // devices], labels[: len(labels) // devices]
+    part = len(labels) // model.distribute_strategy.num_replicas_in_sync  # one device's part of the batch
+    images, labels = images[:part], labels[:part]
     input_shape = (len(labels), *model.inputs[0].shape[1:])
     estimated = estimate.bytes_of_training(model, input_shape)
     if estimated is not None:
@@ -303,22 +309,27 @@ def measure(network, batches, result: Result, outside_bytes: int = 0) -> float:
     return first_step_s
 
 
-def reselect(selection: Selection, epoch: int, result: Result) -> Selection:
-    """Returns the selection for the epochs from `epoch` on, counted from 0, and accounts for its cost."""
+def select(choose: Callable[[], Selection], network, cfg: Config, batch_size: int, result: Result) -> Selection:
+    """Returns the selection that `choose` returns, within the memory budget, and accounts for its cost."""
     start = time.perf_counter()
     with measured_peak() as peak:
-        following = selection.reselect(epoch)
+        selection = choose()
     result.selection_s = (result.selection_s or 0.0) + time.perf_counter() - start
     result.selection_peak_bytes = largest_known(result.selection_peak_bytes, peak.bytes)
+    if cfg.memory_budget_mb is not None:
+        selection, result.budget_next_layer, result.budget_next_bytes = budget.fit(network, selection, cfg, batch_size)
+    return selection
+
+
+def reselect(selection: Selection, epoch: int, network, cfg: Config, batch_size: int, result: Result) -> Selection:
+    """Returns the selection for the epochs from `epoch` on, counted from 0."""
+    following = select(lambda: selection.reselect(epoch), network, cfg, batch_size, result)
     result.reselections.append((epoch + 1, following))
     before, after = set(selection.trained_weights), set(following.trained_weights)
     log.info(
         "Epoch %d: new selection; %d weights train, %d of them new, %d frozen again",
-        epoch + 1,
-        len(after),
-        len(after - before),
-        len(before - after),
-    )
+        epoch + 1, len(after), len(after - before), len(before - after),
+    )  # fmt: skip
     return following
 
 

@@ -52,6 +52,8 @@ class Config:
     weight_decay: float = 5e-3
     global_clipnorm: float = 1.0  # 0 is off
     num_epochs: int = 10
+    warmup_epochs: int = 0  # first epochs, which train the head alone
+    early_stopping: int | None = None  # epochs without a better one
     strategy: str = "none"  # none, mirrored
     seed: int = 0
     checkpoint_minutes: float = 10.0  # 0 is after every step

@@ -26,7 +26,7 @@ def check(cfg: Config, reselects: bool) -> None:
 
     Args:
         cfg: Config. Reads strategy, train_type and memory_budget_mb.
-        reselects: bool. Whether the scheme selects again while it trains.
+        reselects: bool. Whether the run selects while it trains.
 
     Raises:
         UsageError: if the strategy cannot work.
@@ -39,8 +39,8 @@ def check(cfg: Config, reselects: bool) -> None:
         )
     if cfg.strategy != "none" and reselects:
         raise UsageError(
-            f"--strategy goes with schemes that select once. Received: {cfg.train_type}, which selects again every "
-            "--interval epochs; leave out --strategy."
+            f"--strategy goes with runs that select once, before training. Received: {cfg.train_type}, --interval "
+            f"{cfg.interval}, --warmup_epochs {cfg.warmup_epochs}; leave out --strategy."
         )
     if cfg.strategy != "none" and cfg.memory_budget_mb is not None:
         raise UsageError(

@@ -30,9 +30,7 @@ def head_peak_bytes(network, cfg: Config, batch_size: int) -> int:
         cfg: Config.
         batch_size: int. Images per training batch.
     """
-    needed = peak_bytes(network, [weight.path for weight in network.head.weights], cfg, batch_size)
-    freeze(network.model, [weight.path for weight in network.trainable_weights])  # a selection may need all gradients
-    return needed
+    return peak_bytes(network, [weight.path for weight in network.head.weights], cfg, batch_size)
 
 
 def check(cfg: Config, needed: int) -> None:

@@ -20,7 +20,7 @@ from models import check_flags, default_input_size, keras_file
 from run import folder as run_folder
 from run.parser import INTERVAL, NUM_BETTI_BATCHES, TIMINGS, make_parser
 from selection import ALIASES, SCHEMES, SELECTION_FLAGS
-from training import caching
+from training import caching, segments
 
 log = logging.getLogger("adabet")
 
@@ -46,7 +46,7 @@ def parse(argv: Sequence[str]) -> Config:
         return resolve(args)
     folder = _folder_to_resume(args)
     record = run_folder.recorded(folder)
-    recorded = {field.name: record[field.name] for field in fields(Config) if field.name in record} if record else {}
+    recorded = _flags_of(record)
     if record and record.get("bn_stats") is None:
         recorded.pop("bn_stats", None)  # a network without normalization
     # The run's own flags are the defaults. Flags of this command line override them.
@@ -69,6 +69,11 @@ def parse(argv: Sequence[str]) -> Config:
             "new run under another --run_name."
         )
     return cfg
+
+
+def _flags_of(record: dict | None) -> dict:
+    """Returns the flags in the content of a config.json, {} for None."""
+    return {field.name: record[field.name] for field in fields(Config) if field.name in record} if record else {}
 
 
 def _folder_to_resume(args) -> Path:
@@ -139,6 +144,7 @@ def resolve(args: argparse.Namespace) -> Config:
     given.update({flag: value for flag, value in defaults.items() if given[flag] is None})
     cfg = Config(**given)
     check_flags(cfg)
-    check_strategy(cfg, reselects="interval" in scheme.reads)
+    segments.check(cfg)
+    check_strategy(cfg, reselects=segments.selects_while_training(cfg))
     caching.check(cfg)
     return cfg

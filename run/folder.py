@@ -9,6 +9,7 @@ import csv
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import logging
 import logging.handlers
@@ -188,16 +189,16 @@ class RunFolder:
         write_whole(self.path / name, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
     def write_metrics(self, rows: list[dict]) -> None:
-        """Writes metrics.csv with one row per epoch.
+        """Writes metrics.csv with one row per epoch."""
+        self.write_csv("metrics.csv", rows)
 
-        Args:
-            rows: list of dict. The keys, equal in all rows, are the columns.
-        """
+    def write_csv(self, name: str, rows: list[dict]) -> None:
+        """Writes a table to the file `name`. The keys, equal in all rows, are the columns."""
         table = io.StringIO()
         writer = csv.DictWriter(table, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_whole(self.path / "metrics.csv", table.getvalue())
+        write_whole(self.path / name, table.getvalue())
 
     def write_txt(self, summary: dict) -> None:
         """Writes RUN_NAME.txt beside the folder: hours of training and accuracy, one per line."""
@@ -281,12 +282,13 @@ def _candidate_paths(cfg, log_dir):
     parts = [short_name(cfg), path_name(cfg.dataset_name), cfg.train_type]
     if cfg.rho is not None:
         parts.append(f"rho{cfg.rho:g}")
-    name = "_".join([*parts, f"seed{cfg.seed}"])
-    yield log_dir / name
-    number = 2
-    while True:
-        yield log_dir / f"{name}_{number}"
-        number += 1
+    yield from _numbered(log_dir / "_".join([*parts, f"seed{cfg.seed}"]))
+
+
+def _numbered(path):
+    """Yields a path, and then the path with a number, from 2 on."""
+    yield path
+    yield from (path.with_name(f"{path.name}_{number}") for number in itertools.count(2))
 
 
 def _created(path):

@@ -184,6 +184,18 @@ def _add_selection(group):
 def _add_training(group):
     group.add_argument("--batch_size", type=_integer(1), default=Config.batch_size, help=_DEFAULT)
     group.add_argument("--num_epochs", type=_integer(1), help=f"(default: {_by_data('num_epochs')})")
+    group.add_argument(
+        "--warmup_epochs",
+        type=_integer(0),
+        default=Config.warmup_epochs,
+        help="epochs of --num_epochs that train the head alone; the selection follows\n" + _DEFAULT,
+    )
+    group.add_argument(
+        "--early_stopping",
+        type=_integer(1),
+        metavar="PATIENCE",
+        help="stop after so many epochs, warm-up aside, without a better validation accuracy (default: never)",
+    )
     group.add_argument("--optimizer", choices=("sgd", "adam"), default=Config.optimizer, help=_DEFAULT)
     group.add_argument(
         "--learning_rate",

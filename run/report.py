@@ -121,15 +121,25 @@ def _difference(now, then):
     )
 
 
-def selection_record(cfg: Config, selection: Selection, reselections: Sequence[tuple[int, Selection]] = ()) -> dict:
-    """Returns the content of selection.json. It contains no times, so that equal runs give equal bytes.
+def selection_files(cfg: Config, first: Selection, reselections: Sequence[tuple[int, Selection]]) -> dict:
+    """Returns {name: content} of selection.json and the selection's other files; none before a warm-up has ended.
+
+    selection.json contains no times, so that equal runs give equal bytes.
 
     Args:
         cfg: Config.
-        selection: Selection, the first of the run.
+        first: Selection, the first of the run.
         reselections: sequence of (int, Selection). The later selections, with the
             epoch, counted from 1, from which each holds.
     """
+    if cfg.warmup_epochs:  # the first one is the head alone
+        if not reselections:
+            return {}
+        (_, first), *reselections = reselections
+    return {"selection.json": _selection_record(cfg, first, reselections), **first.files}
+
+
+def _selection_record(cfg, selection, reselections):
     return {
         "scheme": cfg.train_type,
         "rho": cfg.rho,
@@ -259,18 +269,18 @@ def announce(cfg: Config, images, network, device: str) -> None:
     log.info("Device: %s", device)
 
 
-def announce_selection(network, selection: Selection, selection_s: float) -> None:
-    """Logs how much of the network trains."""
+def announce_selection(network, selection: Selection, selection_s: float | None) -> None:
+    """Logs how much of the network trains; `selection_s` is None for a warm-up."""
     facts = trained_facts(network, selection)
     log.info(
-        "%d of %d layers train%s: %d of %d weights, from %s on; selected in %.1f s",
+        "%d of %d layers train%s: %d of %d weights, from %s on; %s",
         facts["num_trained_layers"],
         facts["num_layers"],
         " (the head in addition to the budget)" if selection.head_added else "",
         facts["num_trained_weights"],
         facts["num_weights"],
         facts["earliest_trained_layer"],
-        selection_s,
+        "warm-up" if selection_s is None else f"selected in {selection_s:.1f} s",
     )
 
 

@@ -160,7 +160,7 @@ def restore(network, batches: Callable, cfg: Config, selection: Selection, impor
 def _select(network, batches, cfg, importance):
     images, labels = next(iter(batches(cfg.batch_size, 1)))
     cost = timings(network, cfg, int(images.shape[0]))
-    return _chooser(network, images, labels, cost, cfg, importance, [])(0)
+    return _chooser(network, images, labels, cost, cfg, importance, [])(cfg.warmup_epochs)
 
 
 def _chooser(network, images, labels, cost, cfg, importance, ratios):

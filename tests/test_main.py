@@ -429,6 +429,10 @@ BAD_INPUT = {
         "cut.jpg (empty); repair or remove them, or leave them out with --skip_bad_images",
     ),
     "skip_bad_images without a folder": (["--skip_bad_images"], "needs --dataset_name image_folder"),
+    "warm-up of all epochs": (["--warmup_epochs", "10"], "Received: 10 of 10"),
+    "warm-up before a ranking alone": (["--warmup_epochs", "1", "--select_only"], "leave out one of them"),
+    "early stopping on test images": (["--early_stopping", "2", "--protocol", "paper"], "needs validation images"),
+    "early stopping after 0 epochs": (["--early_stopping", "0"], "at least 1"),
     "log folder beneath a file": (["--log_dir", "{tmp}/file/logs"], "--log_dir"),
 }
 
@@ -519,3 +523,37 @@ def test_constant_schedule_keeps_the_learning_rate(tiny, tmp_path):
     assert tiny("--lr_schedule", "constant", "--momentum", "0", "--learning_rate", "0.001") == 0
     run, _ = run_of(tmp_path / "logs")
     assert [float(row["learning_rate"]) for row in metrics_of(run)] == pytest.approx([1e-3, 1e-3])
+
+
+def trained_sets(monkeypatch):
+    """Notes the weights of each segment of the training."""
+    noted, freeze = [], train.freeze
+    monkeypatch.setattr(
+        train, "freeze", lambda model, chosen: noted.append(chosen.trained_weights) or freeze(model, chosen)
+    )
+    return noted
+
+
+@pytest.mark.parametrize("more", [[], ["--memory_budget_mb", "100"]])
+def test_warm_up_trains_the_head_before_the_selection(tiny, tmp_path, monkeypatch, more):
+    trained = trained_sets(monkeypatch)
+    assert tiny("--warmup_epochs", "1", "--rho", "0.5", "--num_epochs", "3", *more) == 0
+    run, records = run_of(tmp_path / "logs")
+    selection, summary = records["selection.json"], records["summary.json"]
+    assert trained == [("head/kernel", "head/bias"), tuple(selection["trained_weights"])]
+    assert len(selection["selected"]) == 3 and selection["reselected"] == []
+    assert all(row["score"] is not None for row in selection["layers"])
+    assert [row["epoch"] for row in metrics_of(run)] == ["1", "2", "3"] and summary["selection_s"] > 0
+    assert (summary["budget_next_layer"] is None) == (not more)
+    assert summary["num_trained_layers"] == 3 + selection["head_added"]
+
+
+def test_warm_up_comes_before_the_intervals(tiny, tmp_path, monkeypatch):
+    trained = trained_sets(monkeypatch)
+    flags = ["--train_type", "elastic_training", "--timing", "flops", "--rho", "0.7", "--interval", "2"]
+    assert tiny(*flags, "--warmup_epochs", "1", "--num_epochs", "4") == 0
+    assert len(trained) == 3 and trained[0] == ("head/kernel", "head/bias")
+    _, records = run_of(tmp_path / "logs")
+    assert [again["epoch"] for again in records["selection.json"]["reselected"]] == [4]
+    assert records["timings.json"]["source"] == "flops"
+    assert records["summary.json"]["rho_achieved_predicted"] > 0

@@ -164,11 +164,13 @@ def test_frozen_batch_normalization_costs_by_mode():
     assert maps(normalized("batch"), {"conv0", "head"}) == (2, 3)
 
 
-@pytest.mark.parametrize("optimizer, slots", [("sgd", 1), ("adam", 2)])
-def test_optimizer_keeps_slots_of_trained_weights_only(optimizer, slots):
+@pytest.mark.parametrize(
+    "flags, slots", [({"optimizer": "sgd"}, 1), ({"optimizer": "adam"}, 2), ({"optimizer": "sgd", "momentum": 0.0}, 0)]
+)
+def test_optimizer_keeps_slots_of_trained_weights_only(flags, slots):
     network = chain()
     weights = sum(w.numpy().nbytes for w in network.trainable_weights if w.path.split("/")[0] in ("conv3", "head"))
-    few = estimate.of_step(traced(network, {"conv3", "head"}, optimizer=optimizer), allocator=Exact())
+    few = estimate.of_step(traced(network, {"conv3", "head"}, **flags), allocator=Exact())
     assert few.split["optimizer"] == pytest.approx(slots * weights, abs=64)  # and its counters
     assert few.split["weights"] == pytest.approx(sum(w.numpy().nbytes for w in network.model.weights), abs=64)
 

@@ -90,6 +90,8 @@ CHAIN = [
 SCHEMES = {
     "elastic_training": ["--interval", "1", "--rho", "0.9", "--timing", "measured"],
     "prunetrain": ["--interval", "1", "--optimizer", "adam", "--checkpoint_minutes", "0"],
+    "act_norm_betti_train": ["--warmup_epochs", "1", "--rho", "0.5", "--early_stopping", "2"],
+    "fisher": ["--warmup_epochs", "1", "--rho", "0.5", "--memory_budget_mb", "100"],
 }
 
 
@@ -113,6 +115,29 @@ def test_run_resumed_many_times_equals_uninterrupted_run(scheme, run, tmp_path, 
     assert kills.compare(tmp_path / "alone", tmp_path / "run") == []
     places = re.findall(r"Resuming after epoch (\d), step (\d)", capsys.readouterr().err)
     assert places == [("0", "4"), ("1", "0"), ("1", "0"), ("1", "9"), ("1", "9")]
+
+
+def test_early_stopping_ends_a_run_and_its_resumption(run, tmp_path, monkeypatch, capsys):
+    accuracies, note = [0.9, 0.2, 0.5, 0.4, 0.3, 0.9], callbacks.BestEpoch.on_epoch_end
+
+    def on_epoch_end(self, epoch, logs=None):
+        note(self, epoch, {**logs, "val_accuracy": accuracies[epoch]})
+
+    monkeypatch.setattr(callbacks.BestEpoch, ON_EPOCH, on_epoch_end)
+    flags = ["--num_epochs", "6", "--early_stopping", "2"]
+    assert run("plain", *flags) == 0
+    assert run("warm", *flags, "--warmup_epochs", "2") == 0
+    assert run("never", "--num_epochs", "3") == 0
+    with monkeypatch.context() as patch:
+        at(callbacks.StopEarly, ON_EPOCH, 3, terminate, patch)
+        assert run("resumed", *flags) == 143
+    assert resume(tmp_path / "resumed") == 0
+    assert "Resuming after epoch 3, step 0" in capsys.readouterr().err
+    # The first epoch is the best; the epochs of a warm-up do not count.
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("plain", "warm", "resumed")]
+    assert [(summary["epochs"], summary["best_epoch"]) for summary in summaries] == [(3, 1), (4, 1), (3, 1)]
+    assert json.loads((tmp_path / "never" / "summary.json").read_text())["epochs"] == 3
+    assert kills.compare(tmp_path / "plain", tmp_path / "resumed") == []
 
 
 def test_killed_processes_resume_to_the_same_result(tmp_path, data_dir, capsys):
@@ -264,6 +289,10 @@ def test_flipped_bits_are_detected_or_without_effect(tmp_path):
         ((5, 2, 2, 1), [(2, 4, False, True), (4, 5, True, False)]),
         ((5, 2, 5, 0), [(5, 5, False, True)]),
         ((3, 3, 3, 0), [(3, 3, False, True)]),
+        ((5, 5, 0, 0, 2), [(0, 2, False, False), (2, 5, True, False)]),
+        ((5, 2, 0, 0, 1), [(0, 1, False, False), (1, 3, True, False), (3, 5, True, False)]),
+        ((5, 5, 2, 0, 2), [(2, 2, False, True), (2, 5, True, False)]),  # before the first selection
+        ((5, 5, 2, 3, 2), [(2, 5, False, True)]),
     ],
 )
 def test_segments_follow_from_flags_and_checkpoint(arguments, expected):

@@ -52,6 +52,7 @@ def obstacle_to_caching(cfg: Config, bn_stats: str | None) -> str | None:
             "augmentation draws new images in every epoch (--augment False or --cached_views avoids that)",
         ),
         (cfg.strategy != "none", f"--strategy {cfg.strategy} shares batches among devices"),
+        (cfg.warmup_epochs > 0, "the selection comes after --warmup_epochs"),
         (cfg.interval is not None, f"{cfg.train_type} selects again every --interval epochs"),
         (
             bn_stats == "batch",

@@ -105,8 +105,14 @@ class BestEpoch(keras.callbacks.Callback):
         values: list of (keras.Variable, numpy.ndarray). The copy.
     """
 
-    def __init__(self):
+    def __init__(self, patience: int | None = None, warmup_epochs: int = 0):
+        """
+        Args:
+            patience: int or None. Epochs without a better one that exhaust it; None is any number.
+            warmup_epochs: int. First epochs that do not count.
+        """
         super().__init__()
+        self.patience, self.warmup_epochs = patience, warmup_epochs
         self.variables = []
         self.score = (-math.inf, -math.inf)
         self.epoch = None
@@ -122,10 +128,27 @@ class BestEpoch(keras.callbacks.Callback):
             self.score, self.epoch = score, epoch + 1
             self.values = [(variable, variable.numpy()) for variable in self.variables]
 
+    def exhausted(self, epochs_done: int) -> bool:
+        """Returns whether the last `patience` of the finished epochs brought no better one."""
+        since = epochs_done - max(self.epoch or 0, self.warmup_epochs)
+        return self.patience is not None and since >= self.patience
+
     def restore(self) -> None:
         """Assigns the copy to the variables."""
         for variable, value in self.values:
             variable.assign(value)
+
+
+class StopEarly(keras.callbacks.Callback):
+    """Stops the training when `best` is exhausted. It follows the Checkpointer, so that the epoch is saved."""
+
+    def __init__(self, best: BestEpoch):
+        super().__init__()
+        self.best = best
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.best.exhausted(epoch + 1):
+            self.model.stop_training = True
 
 
 class StopWhenDiverged(keras.callbacks.Callback):
@@ -182,7 +205,7 @@ class ProgressBar(keras.callbacks.Callback):
 class Checkpointer(keras.callbacks.Callback):
     """Saves between steps: when an epoch ends, at a time interval, and when a signal has arrived.
 
-    It is the last of the callbacks, so that it saves what the others have made of a step.
+    It follows the other callbacks, so that it saves what the others have made of a step.
 
     Attributes:
         seconds: float. Seconds spent saving.
