@@ -22,7 +22,7 @@ from core import environment, signals, strategy
 from core.config import Config
 from core.errors import RunError, UsageError
 from models import models_table
-from run import failures, report
+from run import evaluation, failures, report
 from run import folder as run_folder
 from run.flags import parse
 from run.report import Progress
@@ -56,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return prepare(cfg)
             if cfg.clear_cache:
                 return clear_cache(cfg)
+            if cfg.evaluate is not None:
+                print(evaluation.evaluate(cfg, early_log))
+                return 0
             return list_layers(cfg) if cfg.list_layers else run(cfg, early_log)
     except SystemExit as stop:  # argparse has printed --help, or what is wrong with a flag
         return stop.code

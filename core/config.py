@@ -72,6 +72,7 @@ class Config:
     select_only: bool = False
     prepare_only: bool = False
     clear_cache: bool = False
+    evaluate: str | None = None  # a run folder, or the path of a .keras file
     list_layers: bool = False
     list_models: bool = False
     debug: bool = False

@@ -265,7 +265,7 @@ def files_to_fetch(cfg: Config) -> list:
     return imagenet.files_to_fetch(imagenet.source_of(cfg), cfg.input_size)
 
 
-def wrap(model, inputs, head, bn_stats: str) -> Network:
+def wrap(model: Any, inputs: Any, head: Any, bn_stats: str) -> Network:
     """Returns the Network of any Keras model.
 
     Args:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import collections
+from typing import TYPE_CHECKING, Any
 
 from core.errors import RunError, UsageError
 
+if TYPE_CHECKING:
+    import keras
 
-def freeze(model, selection) -> None:
+
+def freeze(model: keras.Model, selection: Any) -> None:
     """Makes exactly the weights of a selection trainable, in any Keras model.
 
     The flag is set on each weight, not on its layer: a layer that is not trainable would

@@ -45,7 +45,7 @@ def assemble(cfg: Config, num_classes: int):
     Raises:
         UsageError: if the model cannot be loaded, or its output is no batch of vectors or maps.
     """
-    whole = _load(cfg)
+    whole = load(cfg)
     features, classifier, activations = _split(whole)
     if len(whole.outputs) != 1 or len(features.shape) not in (2, 4) or features.shape[-1] is None:
         shapes = ", ".join(str(output.shape) for output in whole.outputs)
@@ -67,8 +67,12 @@ def assemble(cfg: Config, num_classes: int):
     )
 
 
-def _load(cfg):
-    """Returns the model of a file; with `--weights none`, with new random weights."""
+def load(cfg: Config) -> keras.Model:
+    """Returns the model of a file; with `--weights none`, with new random weights.
+
+    Raises:
+        UsageError: if Keras cannot load it, or a weight is not finite.
+    """
     objects = custom_objects(cfg.custom_objects)
     path = os.path.expanduser(cfg.model_name)
     try:

@@ -42,6 +42,8 @@ def parse(argv: Sequence[str]) -> Config:
     args = make_parser().parse_args(argv)
     if args.run_name == AUTO_NAME:
         args.run_name = None
+    if args.evaluate is not None:
+        return resolve(_evaluation(argv, args))
     if args.resume is False:
         return resolve(args)
     folder = _folder_to_resume(args)
@@ -74,6 +76,36 @@ def parse(argv: Sequence[str]) -> Config:
 def _flags_of(record: dict | None) -> dict:
     """Returns the flags in the content of a config.json, {} for None."""
     return {field.name: record[field.name] for field in fields(Config) if field.name in record} if record else {}
+
+
+def _evaluation(argv, args) -> argparse.Namespace:
+    """Returns the arguments of `--evaluate`: the network is the model file, and a run's data are the defaults."""
+    model, recorded = args.evaluate, {}
+    if not keras_file.is_path(args.evaluate):
+        folder = Path(os.path.abspath(args.evaluate))
+        recorded = _flags_of(run_folder.recorded(folder))
+        if not recorded:
+            raise UsageError(
+                "--evaluate takes the folder of a run, with its config.json, or the path of a .keras file. Received: "
+                f"{args.evaluate}; check the path."
+            )
+        model = str(folder / "model.keras")
+        if not os.path.exists(model):
+            raise UsageError(
+                f"--evaluate needs a saved model. Received: {args.evaluate}, without model.keras; train it with "
+                "--save_model."
+            )
+        recorded |= {"log_dir": str(folder.parent), "run_name": None, "preprocessing": None}
+    network = {"model_name": model, "weights": "auto", "model_alpha": None, "keep_head": False, "resume": False}
+    args = make_parser().parse_args(argv, argparse.Namespace(**{**recorded, **network}))
+    extra = [name for name, value in network.items() if getattr(args, name) != value]
+    if extra:
+        raise UsageError(
+            f"--evaluate names the network and trains nothing. Received: --{extra[0]} too; leave out one of them."
+        )
+    if args.run_name == AUTO_NAME:
+        args.run_name = None
+    return args
 
 
 def _folder_to_resume(args) -> Path:

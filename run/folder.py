@@ -23,14 +23,14 @@ from core.config import Config
 from core.errors import RunError, UsageError
 from core.files import CHECKPOINTS, PARTIAL, write_whole
 from data import path_name
-from models import short_name
+from models import keras_file, short_name
 
 log = logging.getLogger("adabet")
 
 # Flags that only say where a run writes and how much it prints.
 _WITHOUT_EFFECT = {
     "log_dir", "run_name", "resume", "checkpoint_minutes", "save_model", "save_txt", "select_only", "list_layers",
-    "list_models", "debug", "data_dir", "prepare_only", "cache_dir", "cache_limit_gb", "clear_cache",
+    "list_models", "debug", "data_dir", "prepare_only", "cache_dir", "cache_limit_gb", "clear_cache", "evaluate",
 }  # fmt: skip
 MAX_NAME_BYTES = 200  # file systems take 255; a temporary file of RUN_NAME.txt has a longer name
 _LIBRARIES = ("tensorflow", "keras", "keras-hub", "tensorflow-datasets", "gudhi", "numpy", "scipy", "scikit-learn")
@@ -279,6 +279,10 @@ def _candidate_paths(cfg, log_dir):
     if cfg.run_name is not None:
         yield log_dir / cfg.run_name
         return
+    if cfg.evaluate is not None:
+        folder = Path(os.path.abspath(cfg.evaluate)).name
+        parts = [short_name(cfg) if keras_file.is_path(cfg.evaluate) else folder, "evaluation"]
+        yield from _numbered(log_dir / "_".join(parts))
     parts = [short_name(cfg), path_name(cfg.dataset_name), cfg.train_type]
     if cfg.rho is not None:
         parts.append(f"rho{cfg.rho:g}")

@@ -286,6 +286,12 @@ def _add_output(group):
         metavar="RUN_FOLDER",
         help="continue an interrupted run with its own flags; without RUN_FOLDER: the run of --run_name, or start it",
     )
+    group.add_argument(
+        "--evaluate",
+        metavar="RUN_FOLDER|PATH.keras",
+        help="evaluate a saved model on the test split, write LOG_DIR/NAME_evaluation/, and stop;\n"
+        "the data of RUN_FOLDER are its run's",
+    )
     group.add_argument("--save_model", **_switch(False), help="write model.keras, which plain Keras loads\n" + _DEFAULT)
     group.add_argument("--save_txt", **_switch(False), help="write RUN_NAME.txt with hours and accuracy\n" + _DEFAULT)
     group.add_argument("--debug", **_switch(False), help="show tracebacks\n" + _DEFAULT)

@@ -87,7 +87,7 @@ def read(log_dirs):
             raise UsageError(f"a log folder must exist. Received: {log_dir}; check the path.")
         itself = [log_dir] if (log_dir / "config.json").exists() else []
         for folder in itself or sorted(path for path in log_dir.iterdir() if path.is_dir()):
-            if not any((folder / name).exists() for name in _FILES):
+            if (folder / "evaluation.json").exists() or not any((folder / name).exists() for name in _FILES):
                 continue  # not a run's
             config = _json(folder / "config.json")
             if not isinstance(config, dict) or not {"model_name", "dataset_name", "train_type", "rho", "seed"} <= set(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
@@ -18,6 +19,11 @@ from core.environment import num_workers
 from core.errors import RunError, UsageError
 from selection.betti import MIN_POINTS, betti_1_of_each, predicted_cost
 from selection.ranking import Selection, eligible_paths, kendall_stability, select_top
+
+if TYPE_CHECKING:
+    import keras
+
+    from models import Network
 
 log = logging.getLogger("adabet")
 
@@ -35,11 +41,11 @@ DIVISORS: dict[str, Callable] = {
 
 
 def rank_layers(
-    model,
+    model: keras.Model | Network,
     batches: Iterable,
     rho: float | None = 0.1,
     *,
-    head=None,
+    head: keras.Layer | None = None,
     scheme: str = "act_norm_betti_train",
     num_batches: int = 4,
     exclude_layers: str | None = None,
