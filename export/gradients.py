@@ -198,9 +198,39 @@ def _leaky_relu(op, grad):
     return grad * (slope + (1 - slope) * tf.cast(op.inputs[0] > 0, grad.dtype))
 
 
-def _erf(op, grad):
-    x = op.inputs[0]
-    return grad * tf.exp(-x * x) * (2 / math.sqrt(math.pi))
+def strided_slice(op, grad):
+    """Gradient of StridedSlice with stride 1 and without new axes: the output's gradient between zeros."""
+    x, *limits = op.inputs
+    begins, ends, strides = (tf.get_static_value(limit) for limit in limits)
+    if op.get_attr("ellipsis_mask") or op.get_attr("new_axis_mask") or begins is None or (strides != 1).any():
+        raise Unsupported("StridedSlice must have constant limits, stride 1 and no new axes")
+    margins = [(0, 0)] * x.shape.rank
+    for axis, (begin, end) in enumerate(zip(begins, ends)):
+        size, bit = x.shape[axis], 1 << axis
+        if op.get_attr("shrink_axis_mask") & bit:
+            start = int(begin) % size
+            margins[axis] = (start, size - start - 1)
+            continue
+        first = None if op.get_attr("begin_mask") & bit else int(begin)
+        last = None if op.get_attr("end_mask") & bit else int(end)
+        start, stop, _ = slice(first, last).indices(size)
+        margins[axis] = (start, size - stop)
+    shape = [size - sum(margin) for size, margin in zip(x.shape, margins)]
+    return tf.pad(tf.reshape(grad, shape), margins), None, None, None
+
+
+@tf.custom_gradient
+def gelu(x):
+    """Returns the exact GELU, x times the normal distribution function, whose gradient needs no error function."""
+    y = tf.nn.gelu(x, approximate=False)
+
+    def gradient(grad):
+        at_zero = x == 0
+        distribution = tf.where(at_zero, 0.5, y / tf.where(at_zero, 1.0, x))
+        density = tf.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+        return grad * (distribution + x * density)
+
+    return y, gradient
 
 
 GRADIENTS = {
@@ -215,7 +245,7 @@ GRADIENTS = {
     "Tanh": lambda op, grad: grad * (1 - op.outputs[0] * op.outputs[0]),
     "Sqrt": lambda op, grad: grad * 0.5 / op.outputs[0],
     "Rsqrt": lambda op, grad: grad * -0.5 * op.outputs[0] ** 3,
-    "Erf": _erf,
+    "StridedSlice": strided_slice,
 }
 
 _PREFIX = "AdabetBuiltIn"

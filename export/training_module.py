@@ -7,6 +7,7 @@ decay, momentum. The caller gives the learning rate of every step.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def make(network: Network, trained_weights: Collection[str], step: Step, frozen:
             (weight, values[names[path]] if path in names else tf.constant(frozen[path]))
             for path, weight in keras_weights.items()
         ]
-        with keras.StatelessScope(state_mapping=mapping):
+        with keras.StatelessScope(state_mapping=mapping), _activations_replaced(model):
             return model(images, training=False)
 
     images_spec = tf.TensorSpec((step.batch_size, *model.input_shape[1:]), tf.float32, "images")
@@ -106,7 +107,7 @@ def make(network: Network, trained_weights: Collection[str], step: Step, frozen:
         with gradients.overridden(tf.compat.v1.get_default_graph()):
             logits = logits_of(images, values)
             loss = _cross_entropy(logits, labels)
-        grads = tf.gradients(loss, list(values.values()))
+        grads = [tf.convert_to_tensor(grad) for grad in tf.gradients(loss, list(values.values()))]  # of a lookup: sparse
         if step.global_clipnorm:
             grads = _clipped(grads, step.global_clipnorm)
         for (name, value), grad in zip(values.items(), grads):
@@ -152,3 +153,18 @@ def _clipped(grads, largest):
     norm = tf.sqrt(tf.add_n([tf.reduce_sum(grad * grad) for grad in grads]))
     scale = largest / tf.maximum(norm, largest)
     return [grad * scale for grad in grads]
+
+
+@contextlib.contextmanager
+def _activations_replaced(model):
+    """Lets the layers use activations whose gradients consist of built-in operations."""
+    layers = [
+        layer for layer in model._flatten_layers() if getattr(layer, "activation", None) is keras.activations.gelu
+    ]
+    try:
+        for layer in layers:
+            layer.activation = gradients.gelu
+        yield
+    finally:
+        for layer in layers:
+            layer.activation = keras.activations.gelu
