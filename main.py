@@ -80,6 +80,7 @@ def run(cfg, early_log):
             return 0
     environment.load_tensorflow()
     import data
+    import export
     import models
     import train
     from memory import budget
@@ -100,6 +101,8 @@ def run(cfg, early_log):
         scheme.check(network, cfg, images.split_sizes["train"])
     with strategy.scope(devices):
         network = models.load_weights(network, cfg)
+    if cfg.save_litert and not saved:
+        export.check(network, cfg)
     if cfg.memory_budget_mb is not None and not saved:
         budget.check(network, cfg, images.batch_size)
 
@@ -142,6 +145,8 @@ def run(cfg, early_log):
         train.fine_tune(network, selection, images, cfg, folder, result, saved)
         if cfg.save_model and result.status == "done":
             folder.save_model(network.model)
+        if cfg.save_litert and result.status == "done":
+            export.write(network, selection.trained_weights, cfg, folder.path / "model.tflite")
         summary = report.summary_record(cfg, images, network, selection, result)
         if cfg.save_txt and result.status == "done":
             folder.write_txt(summary)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import keras
 import tensorflow as tf
 
+from core.config import Config
 from export import gradients
 from models import Network
 
@@ -34,6 +35,16 @@ class Step:
     momentum: float
     weight_decay: float
     global_clipnorm: float
+
+
+def step_of(cfg: Config) -> Step:
+    """Returns the step that the flags ask for: the run's own, where no flag of LiteRT differs."""
+    return Step(
+        batch_size=cfg.litert_batch or cfg.batch_size,
+        momentum=cfg.litert_momentum,
+        weight_decay=cfg.weight_decay,
+        global_clipnorm=cfg.global_clipnorm,
+    )
 
 
 def identifiers(paths: Collection[str]) -> dict[str, str]:
@@ -107,7 +118,9 @@ def make(network: Network, trained_weights: Collection[str], step: Step, frozen:
         with gradients.overridden(tf.compat.v1.get_default_graph()):
             logits = logits_of(images, values)
             loss = _cross_entropy(logits, labels)
-        grads = [tf.convert_to_tensor(grad) for grad in tf.gradients(loss, list(values.values()))]  # of a lookup: sparse
+        grads = [
+            tf.convert_to_tensor(grad) for grad in tf.gradients(loss, list(values.values()))
+        ]  # of a lookup: sparse
         if step.global_clipnorm:
             grads = _clipped(grads, step.global_clipnorm)
         for (name, value), grad in zip(values.items(), grads):

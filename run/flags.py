@@ -17,6 +17,7 @@ from core.errors import UsageError
 from core.strategy import STRATEGIES
 from core.strategy import check as check_strategy
 from data import DATASETS, dataset_row
+from export import FROZEN
 from models import BACKBONES, check_input_size, check_weights
 from run import folder as run_folder
 from selection import ALIASES, SCHEMES, SELECTION_FLAGS
@@ -252,6 +253,24 @@ def make_parser():
     )
     group.add_argument("--save_model", **_switch(False), help="write model.keras, which plain Keras loads\n" + _D)
     group.add_argument("--save_txt", **_switch(False), help="write RUN_NAME.txt with hours and accuracy\n" + _D)
+    group.add_argument(
+        "--save_litert", **_switch(False), help="write model.tflite, which LiteRT trains further on a device\n" + _D
+    )
+    group.add_argument(
+        "--litert_momentum",
+        type=_real(0, 1, open_high=True),
+        default=Config.litert_momentum,
+        help="momentum of SGD in model.tflite; 0 leaves out its variables\n" + _D,
+    )
+    group.add_argument(
+        "--litert_batch", type=_integer(1), help="images of a training step in model.tflite (default: --batch_size)"
+    )
+    group.add_argument(
+        "--litert_frozen",
+        choices=FROZEN,
+        default=Config.litert_frozen,
+        help="how model.tflite stores the large weights that do not train\n" + _D,
+    )
     group.add_argument("--debug", **_switch(False), help="show tracebacks\n" + _D)
     return parser
 
@@ -261,6 +280,7 @@ _BATCHES = Config.num_betti_batches
 _INTERVAL = 4  # epochs
 _LARGEST = 2**31 - 1  # integer that the frameworks take everywhere
 TIMINGS = ("measured", "flops")
+LITERT_FLAGS = ("litert_momentum", "litert_batch", "litert_frozen")
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -389,6 +409,9 @@ def resolve(args):
     given.update({flag: value for flag, value in defaults.items() if given[flag] is None})
     check_input_size(args.model_name, given["input_size"])
     check_weights(args.weights)
+    litert = [f"--{flag}" for flag in LITERT_FLAGS if given[flag] != getattr(Config, flag)]
+    if litert and not args.save_litert:
+        raise UsageError(f"{', '.join(litert)} needs --save_litert. Received: no --save_litert; add it.")
     cfg = Config(**given)
     check_strategy(cfg, reselects="interval" in scheme.reads)
     return cfg
