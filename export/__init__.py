@@ -58,7 +58,8 @@ def check(network: Network, cfg: Config) -> None:
     if unknown:
         raise UsageError(
             "--save_litert needs a network of operations that are known to convert to LiteRT. "
-            f"Received: {cfg.model_name} with {'; '.join(unknown[:3])}; choose another network, or leave out --save_litert."
+            f"Received: {cfg.model_name} with {'; '.join(unknown[:3])}; choose another network, or leave "
+            "out --save_litert."
         )
 
 

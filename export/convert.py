@@ -13,15 +13,15 @@ from export.gradients import GRADIENTS
 
 # Operations that a training step may consist of: those that LiteRT has built in, and those
 # that the converter writes in them or folds away when shapes are static.
-CONVERTED = frozenset(GRADIENTS) | frozenset(
-    """
-    Add AddN AddV2 ArgMax AssignVariableOp BatchMatMulV2 BiasAdd BiasAddGrad BroadcastGradientArgs BroadcastTo Cast
-    ConcatOffset ConcatV2 Const Einsum Equal Erfc Exp ExpandDims Fill FloorDiv FloorMod GatherV2 Greater Identity
-    IdentityN Less Log LogicalAnd MatMul Max Maximum Mean Minimum Mul Neg NoOp OneHot Pack Pad PadV2 Placeholder Pow
-    Prod Range ReadVariableOp RealDiv Reciprocal Reshape ReverseV2 SelectV2 Shape Slice Softmax Split Square
-    SquaredDifference Squeeze StopGradient StridedSlice Sub Sum Tile Transpose UnsortedSegmentSum ZerosLike
-    """.split()
-)
+CONVERTED = frozenset(GRADIENTS) | {
+    "Add", "AddN", "AddV2", "ArgMax", "AssignVariableOp", "BatchMatMulV2", "BiasAdd", "BiasAddGrad",
+    "BroadcastGradientArgs", "BroadcastTo", "Cast", "ConcatOffset", "ConcatV2", "Const", "Einsum", "Equal", "Erfc",
+    "Exp", "ExpandDims", "Fill", "FloorDiv", "FloorMod", "GatherV2", "Greater", "Identity", "IdentityN", "Less",
+    "Log", "LogicalAnd", "MatMul", "Max", "Maximum", "Mean", "Minimum", "Mul", "Neg", "NoOp", "OneHot", "Pack",
+    "Pad", "PadV2", "Placeholder", "Pow", "Prod", "Range", "ReadVariableOp", "RealDiv", "Reciprocal", "Reshape",
+    "ReverseV2", "SelectV2", "Shape", "Slice", "Softmax", "Split", "Square", "SquaredDifference", "Squeeze",
+    "StopGradient", "StridedSlice", "Sub", "Sum", "Tile", "Transpose", "UnsortedSegmentSum", "ZerosLike",
+}  # fmt: skip
 
 
 def unknown_operations(graph: tf.Graph, model: keras.Model) -> list[str]:

@@ -179,7 +179,6 @@ def max_pool(op, grad):
 
 def avg_pool(op, grad):
     """Gradient of AvgPool: equal shares for a window's elements, the padding left out."""
-    (x,) = op.inputs
     axes = _axes(op, op.get_attr("ksize")[1:3], [1, 1, 1, 1])
     counts = []
     for axis in axes:

@@ -21,7 +21,8 @@ log = logging.getLogger("adabet")
 
 # What a run was told only about where to write or how much to say.
 _WITHOUT_EFFECT = {
-    "log_dir", "run_name", "resume", "checkpoint_minutes", "save_model", "save_txt", "save_litert", "litert_momentum", "litert_batch", "litert_frozen", "select_only", "list_layers", "debug",
+    "log_dir", "run_name", "resume", "checkpoint_minutes", "save_model", "save_txt", "save_litert", "litert_momentum",
+    "litert_batch", "litert_frozen", "select_only", "list_layers", "debug",
     "data_dir", "prepare_only",
 }  # fmt: skip
 MAX_NAME_BYTES = 200  # file systems take 255; a temporary file of RUN_NAME.txt has a longer name

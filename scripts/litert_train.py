@@ -146,9 +146,7 @@ def train(args: argparse.Namespace) -> None:
         "peak_rss_bytes": peak_rss_bytes(),
         "checkpoint": str(args.checkpoint) if args.num_epochs else None,
     }
-    print(
-        f"test accuracy {results['accuracy']:.2f} %, peak memory of the process {results['peak_rss_bytes'] / 1e6:.1f} MB"
-    )
+    print(f"test accuracy {results['accuracy']:.2f} %, peak memory {results['peak_rss_bytes'] / 1e6:.1f} MB resident")
     if results["checkpoint"]:
         print(f"trained weights: {results['checkpoint']}")
     if args.json:
@@ -230,8 +228,8 @@ def read_checkpoint(path: Path) -> dict[str, np.ndarray]:
             return {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         raise UsageError(
-            f"--restore must be a complete checkpoint of this script. Received: {path} ({' '.join(str(error).split())}); "
-            "give another one."
+            f"--restore must be a complete checkpoint of this script. Received: {path} "
+            f"({' '.join(str(error).split())}); give another one."
         ) from error
 
 
