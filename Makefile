@@ -1,5 +1,5 @@
-# `make run` and `make test` do all that they need on a fresh machine with
-# Python 3.11, 3.12 or 3.13: make .venv, install the pinned packages, run.
+# `make run` and `make test` do everything on a fresh machine with Python 3.11, 3.12
+# or 3.13: they create .venv, install the pinned packages, and run.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -9,8 +9,16 @@ run: .venv/run.stamp
 test: .venv/test.stamp
 	$(BIN)/python -m pytest
 
+test-fast: .venv/test.stamp
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: .venv/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy core selection
+
 .venv/run.stamp: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "Python 3.11, 3.12 or 3.13 is needed; found %d.%d. Say which with make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13) and "Python 3.11, 3.12 or 3.13 is needed. Received: %d.%d; choose one with make PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	touch $@
@@ -22,4 +30,4 @@ test: .venv/test.stamp
 clean:
 	rm -rf .venv
 
-.PHONY: run test clean
+.PHONY: run test test-fast lint clean

@@ -2,24 +2,29 @@
 
     python memory_utils.py --model_name resnet50 --train_type act_norm_betti_train --rho 0.1 --batch_size 32
 
-prints all three for one training scheme; `--json` prints them as one line, and
-`--figure FILE.png` draws the published plot twice, by its convention and as
-measured. The three figures are never mixed:
+prints all three for one training scheme. `--json` prints them as one line of JSON, and
+`--figure FILE.png` draws the published plot twice, by its convention and as measured.
+The three figures are never mixed:
 
-* Measured, in memory/measure.py: the peak of the framework's allocator on the
-  device in use; memory/fresh_process.py takes it in a fresh process.
-* Estimated, in memory/estimate.py: from the traced training step, before it runs.
-* Published convention, in memory/convention.py: only to compare with the paper's plot.
+* Measured (`memory/measure.py`): the peak of TensorFlow's allocator on the device in
+  use, in a new process (`memory/fresh_process.py`).
+* Estimated (`memory/estimate.py`): from the traced training step, before it runs.
+* Published convention (`memory/convention.py`): only for comparison with the paper's plot.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import logging
 import sys
 import traceback
+from collections.abc import Sequence
 
-from core import environment  # noqa: F401  (before anything imports TensorFlow)
+from core import environment  # noqa: F401  (before TensorFlow is imported)
+from core.config import Config
 from core.errors import RunError, UsageError
+from core.units import MB
 from memory.fresh_process import Figures, figures, measure_peak
 from memory.measure import measured_peak, measured_training_step, peak_rss_bytes
 
@@ -31,8 +36,8 @@ __all__ = [
 log = logging.getLogger("adabet")
 
 
-# The flags of main.py that a step's memory hangs on, with main.py's meaning; the
-# defaults that differ are those of the published figure.
+# The flags of main.py that the memory of a step depends on. The defaults that differ are
+# those of the published plot.
 _FLAGS = [
     "model_name",
     "train_type",
@@ -56,8 +61,8 @@ _FLAGS = [
 _DEFAULTS = {"input_size": 224, "num_classes": 37}
 
 
-def parse(argv):
-    """Returns (Config, what else was asked for) of the command line.
+def parse(argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
+    """Returns the Config of the command line, and its flags `json` and `figure`.
 
     Args:
         argv: list of str, without the program's name.
@@ -84,8 +89,8 @@ def parse(argv):
     return flags.resolve(args), own
 
 
-def main(argv=None):
-    """Runs the command line; returns the exit code: 0, 2 for wrong use, 1 for a failure."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code: 0, 2 for wrong use, 1 for a failure."""
     from run import folder as run_folder
 
     argv = sys.argv[1:] if argv is None else argv
@@ -110,16 +115,17 @@ def main(argv=None):
     return 0
 
 
-def table(cfg, found):
-    """Returns Figures as text for people."""
-    unit = 10**6
-    measured = "not measured" if found.measured_bytes is None else f"{found.measured_bytes / unit:,.1f} MB"
+def table(cfg: Config, found: Figures) -> str:
+    """Returns the figures as text."""
+    from memory.convention import BATCH  # imports Keras
+
+    measured = "not measured" if found.measured_bytes is None else f"{found.measured_bytes / MB:,.1f} MB"
     lines = [
         f"{cfg.model_name}, {cfg.train_type}, batch {cfg.batch_size}, {cfg.input_size} px, {cfg.optimizer}",
         f"  measured              {measured:>14}  on {found.device}, a step in a fresh process",
-        f"  estimated             {found.estimated_bytes / unit:>11,.1f} MB  peak at {found.peak_at}",
-        *(f"    {part:<19} {size / unit:>11,.1f} MB" for part, size in found.split.items()),
-        f"  published convention  {found.published_convention_mb:>11,.1f} MB  (the paper's plot; not what a step needs)",
+        f"  estimated             {found.estimated_bytes / MB:>11,.1f} MB  peak at {found.peak_at}",
+        *(f"    {part:<19} {size / MB:>11,.1f} MB" for part, size in found.split.items()),
+        f"  published convention  {found.published_convention_mb:>11,.1f} MB  (plot of the paper, batch {BATCH})",
     ]
     return "\n".join(lines)
 

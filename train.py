@@ -1,138 +1,337 @@
-"""One fine-tuning loop for every scheme, on Model.fit.
+"""One fine-tuning loop for every scheme, on Keras' `Model.fit`.
 
-Read from top to bottom: the result, freezing, the loop, and the callbacks that
-time it and keep its best epoch. Which weights train was decided before; nothing
-here looks at a scheme's name.
+A scheme has decided which weights train before this module starts, and nothing
+here looks at a scheme's name. `fine_tune` reads from top to bottom: it trains the
+segments of the run (`training/segments.py`), restores the best epoch, and tests.
 """
+
+from __future__ import annotations
 
 import contextlib
 import logging
-import math
-import statistics
-import sys
 import time
 import zlib
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 import keras
-from tqdm import tqdm
 
 from core import signals, strategy
+from core.config import Config
 from core.errors import RunError
 from memory import estimate
 from memory.measure import measured_peak, measured_training_step
 from models.compiling import compile_model, make_optimizer
 from models.freezing import changing_variables, freeze
 from run import report
-from training.checkpoint import Checkpointer, restore
+from selection.ranking import Selection
+from training import features
+from training.callbacks import BestEpoch, Checkpointer, EpochClock, ProgressBar, StopWhenDiverged, restore
+from training.checkpoint import Checkpoint
+from training.result import Result, largest_known
+from training.segments import Segment, plan_segments
 
 log = logging.getLogger("adabet")
 
 
-@dataclass
-class Result:
-    """What a fine-tuning came to. Fields that were never reached stay None.
-
-    Attributes:
-        status: str. done, diverged, or, as long as it runs, interrupted.
-        accuracy: float. Percent on the test split, by the protocol.
-        val_accuracy: float. Percent on the validation split, at the best epoch.
-        epochs: list of dict. One row a finished epoch, as in metrics.csv.
-        best_epoch: int. From 1.
-        compile_s: float. Seconds of first steps beyond a median step.
-        eval_s: float. Seconds of evaluation, all epochs and the last test.
-        peak_bytes: int. The allocator's peak over a training step.
-        device: str. Where that was measured.
-        estimated_bytes: int. The same peak, estimated before the first step.
-        budget_next_layer: str. Under --memory_budget_mb: the next layer of the ranking.
-        budget_next_bytes: int. The estimated peak with that layer.
-        later: list of (epoch from 1, selection.Selection). The re-selections.
-        selection_s: float. Seconds that all selections took.
-        selection_peak_bytes: int. The allocator's peak over them.
-        checkpoint_s: float. Seconds that writing checkpoints took; no other figure has them.
-        facts: dict. What the scheme adds to the summary.
-    """
-
-    status: str = "interrupted"
-    accuracy: float | None = None
-    val_accuracy: float | None = None
-    epochs: list = field(default_factory=list)
-    best_epoch: int | None = None
-    compile_s: float | None = None
-    eval_s: float = 0.0
-    peak_bytes: int | None = None
-    device: str | None = None
-    advice: str | None = None
-    estimated_bytes: int | None = None
-    budget_next_layer: str | None = None
-    budget_next_bytes: int | None = None
-    later: list = field(default_factory=list)
-    selection_s: float | None = None
-    selection_peak_bytes: int | None = None
-    checkpoint_s: float = 0.0
-    facts: dict = field(default_factory=dict)
-
-
-def checksums(network):
-    """Returns {path: CRC-32 of the value} for all of the network's weights and statistics."""
-    return {weight.path: zlib.crc32(weight.numpy().tobytes()) for weight in network.model.weights}
-
-
-def check_what_moved(network, trained_weights, before):
-    """Compares the weights with their checksums from before the training.
+def fine_tune(
+    network, selection: Selection, data, cfg: Config, folder, result: Result, saved: Checkpoint | None = None
+) -> None:
+    """Trains the selected weights and measures the cost.
 
     Args:
         network: models.Network.
-        trained_weights: collection of str. Paths of the weights that should move.
-        before: dict, from `checksums`.
+        selection: Selection, the first of the run.
+        data: data.pipeline.Data.
+        cfg: Config.
+        folder: run.folder.RunFolder. Receives metrics.csv, the events for
+            TensorBoard, checkpoints, and selection.json after a re-selection.
+        result: Result. Filled in while the training runs.
+        saved: Checkpoint or None. The point of resumption. `result` holds its record.
 
     Raises:
-        RunError: a weight moved that should have stayed as it was.
+        RunError: if a frozen weight has changed.
     """
-    after = checksums(network)
-    moved = {path for path in before if after[path] != before[path]}
-    may_move = set(trained_weights)
-    if network.bn_stats == "batch":
-        may_move |= {w.path for w in network.model.non_trainable_weights} - {w.path for w in network.trainable_weights}
-    if moved - may_move:
-        raise RunError(f"frozen weights must not move, but these did: {sorted(moved - may_move)[:3]}")
-    still = set(trained_weights) - moved
-    if still:
-        log.warning(
-            "%d of %d selected weights never moved, %s among them.", len(still), len(trained_weights), min(still)
+    split = "validation" if cfg.protocol == "validation" else "test"
+    current, best = result.latest_selection(selection), BestEpoch()
+    interval = cfg.interval if current.reselect else cfg.num_epochs
+    done = (saved.record["epoch"], saved.record["step"]) if saved else (0, 0)
+    optimizer = None
+    for segment in plan_segments(cfg.num_epochs, interval, *done):
+        if segment.selects:
+            current = reselect(current, segment.first, result)
+            folder.write_json("selection.json", report.selection_record(cfg, selection, result.reselections))
+        freeze(network, current.trained_weights)
+        trained, batches = network, data
+        if result.cached_in != "off":
+            batches = features.load(network, data, cfg, result)
+            trained = replace(network, model=batches.cut.suffix)
+            compile_model(network.model, make_optimizer(cfg, 1))  # for the test; this optimizer has no slots
+        optimizer = compile_anew(trained.model, cfg, cfg.num_epochs * data.steps_per_epoch, optimizer)
+        # The best epoch may precede a re-selection, so all that any selection trains has to be kept.
+        best.variables = network.model.variables if current.reselect else changing_variables(network)
+        train_segment(
+            segment,
+            trained,
+            current,
+            batches,
+            held_out_batches(network.model, data, split) if batches is data else batches.held_out_batches(),
+            cfg,
+            folder,
+            result,
+            best,
+            selection_record=selection.to_record(),
+            saved=saved if segment.resumes else None,
         )
+        if result.status == "diverged":
+            return
+
+    best.restore()
+    result.best_epoch = best.epoch
+    result.facts = current.facts() if current.facts else result.facts  # of the model that is reported
+    if split == "validation":
+        result.val_accuracy = percent(best.accuracy, data.split_sizes["validation"])
+        start = time.perf_counter()
+        tested = network.model.evaluate(held_out_batches(network.model, data, "test"), verbose=0, return_dict=True)
+        result.eval_s += time.perf_counter() - start
+        result.accuracy = percent(tested["accuracy"], data.split_sizes["test"])
+    else:
+        result.accuracy = percent(best.accuracy, data.split_sizes["test"])
+    result.status = "done"
 
 
-def carry_over(old, new, variables):
-    """Builds an optimizer that goes on where another stopped.
-
-    An optimizer knows the variables that it was built for and no others, so that a
-    new selection needs a new one. Weights that train in both keep their slots, the
-    others start from zero; the learning rate goes on.
+def train_segment(
+    segment: Segment,
+    network,
+    selection: Selection,
+    data,
+    held_out,
+    cfg: Config,
+    folder,
+    result: Result,
+    best: BestEpoch,
+    selection_record: dict,
+    saved: Checkpoint | None,
+) -> None:
+    """Trains the epochs of one segment, and resumes within an epoch where a checkpoint was written.
 
     Args:
-        old: keras.Optimizer.
-        new: keras.Optimizer, not built yet.
-        variables: list of keras.Variable. The weights that train from now on.
+        segment: Segment.
+        network: models.Network, frozen and compiled for the segment. With cached features,
+            its model is the suffix of the network.
+        selection: Selection that holds in the segment.
+        data: data.pipeline.Data or training.features.Features.
+        cfg, folder, result: as in `fine_tune`.
+        held_out: tf.data.Dataset of the batches that choose the epoch.
+        best: BestEpoch, kept over all segments.
+        selection_record: dict. The first selection's record, for checkpoints.
+        saved: Checkpoint or None. The checkpoint to restore.
     """
+    model, epoch, steps_done = network.model, segment.first, 0
+    if saved:
+        steps_done, before = saved.record["step"], saved.record["checksums"]
+        with model.distribute_strategy.scope():
+            model.optimizer.build(model.trainable_variables)
+            restore(saved, model, best)
+    else:
+        before = checksums(network)
+
+    with penalties_and_constraints(network, selection) as penalties:
+        first_step_s = (
+            0.0 if saved else measure(network, data.train_batches(epoch, epoch + 1), result, data.outside_bytes)
+        )
+
+        def write_row(row):
+            result.epochs.append(row)
+            folder.write_metrics(result.epochs)
+            log.info("%s", report.epoch_line(row, cfg.num_epochs))
+
+        clock = EpochClock(
+            "val" if cfg.protocol == "validation" else "test",
+            write_row,
+            first_step_s,
+            saved.record["epoch_s"] if steps_done else 0.0,
+        )
+        spent = result.compile_s, result.eval_s, result.checkpoint_s
+
+        def account():
+            seconds = clock.compile_s(), clock.eval_s, checkpointer.seconds
+            result.compile_s, result.eval_s, result.checkpoint_s = map(sum, zip(spent, seconds, strict=True))
+
+        def record():
+            account()
+            return {"selection": selection_record, "checksums": before, "result": result.to_record()}
+
+        checkpointer = Checkpointer(
+            folder.path,
+            60 * cfg.checkpoint_minutes,
+            data.steps_per_epoch,
+            record,
+            best,
+            clock,
+            steps_done,
+            list(saved.read("metric/")) if steps_done else None,
+        )
+        stop = StopWhenDiverged(data.steps_per_epoch)
+        tensorboard = keras.callbacks.TensorBoard(folder.path / "tensorboard", write_graph=False)
+        callbacks = [penalties, stop, clock, best, ProgressBar(cfg.num_epochs), tensorboard, checkpointer]
+        try:
+            if steps_done:
+                finish_epoch(model, data, epoch, steps_done, held_out, callbacks)
+                epoch += 1
+            if epoch < segment.end and not stop.advice:
+                fit(
+                    model,
+                    data.train_batches(epoch, segment.end),
+                    epoch,
+                    segment.end,
+                    data.steps_per_epoch,
+                    held_out,
+                    callbacks,
+                )
+        finally:
+            account()
+        signals.release()
+
+    check_what_moved(network, selection.trained_weights, before)
+    result.facts = selection.facts() if selection.facts else result.facts
+    if stop.advice:
+        result.status, result.advice = "diverged", stop.advice
+
+
+def fit(model, batches, first: int, end: int, steps_per_epoch: int, held_out, callbacks: list) -> None:
+    """Trains epochs `first` to `end - 1`, counted from 0, with Keras' `fit`."""
+    model.fit(
+        batches,
+        initial_epoch=first,
+        epochs=end,
+        steps_per_epoch=steps_per_epoch,
+        validation_data=held_out,
+        verbose=0,
+        shuffle=False,  # the batches are shuffled already
+        callbacks=callbacks,
+    )
+
+
+def finish_epoch(model, data, epoch: int, steps_done: int, held_out, callbacks: list) -> None:
+    """Trains the rest of an interrupted epoch and evaluates, as `fit` does at an epoch's end.
+
+    Args:
+        model: keras.Model, its variables as they were.
+        data: data.pipeline.Data.
+        epoch: int, counted from 0.
+        steps_done: int. Finished steps of the epoch. If all are finished, only the
+            evaluation is left.
+        held_out: tf.data.Dataset.
+        callbacks: list of keras.callbacks.Callback.
+    """
+    steps_left = data.steps_per_epoch - steps_done
+    if steps_left:
+        batches = data.train_batches(epoch, epoch + 1, steps_done)
+        fit(model, batches, epoch, epoch + 1, steps_left, held_out, callbacks)
+        return
+    model.stop_training = False
+    callbacks = keras.callbacks.CallbackList(callbacks, model=model, epochs=epoch + 1, steps=0)
+    callbacks.on_train_begin()
+    callbacks.on_epoch_begin(epoch)
+    logs = model.get_metrics_result()
+    found = model.evaluate(held_out, verbose=0, return_dict=True, callbacks=callbacks)
+    callbacks.on_epoch_end(epoch, {**logs, **{f"val_{name}": value for name, value in found.items()}})
+    callbacks.on_train_end()
+
+
+def held_out_batches(model, data, split: str):
+    """Returns the batches of `"validation"` or `"test"`, which a strategy's devices can share evenly."""
+    batches = data.validation_batches() if split == "validation" else data.test_batches()
+    return strategy.even_batches(model.distribute_strategy, batches, data.split_sizes[split], data.batch_size)
+
+
+def compile_anew(model, cfg: Config, total_steps: int, previous=None):
+    """Compiles a model for the weights that train now, and returns the new optimizer.
+
+    An optimizer serves only the variables that it was built for, so that every
+    selection needs a new one. Weights that trained before keep their slots, the
+    others start from zero, and the learning rate continues.
+
+    Args:
+        model: keras.Model.
+        cfg: Config.
+        total_steps: int. Steps of the whole run, for the learning rate.
+        previous: keras.Optimizer or None. The optimizer of the segment before.
+    """
+    with model.distribute_strategy.scope():
+        optimizer = make_optimizer(cfg, total_steps)
+        if previous:
+            carry_over(previous, optimizer, model.trainable_variables)
+        compile_model(model, optimizer)
+    return optimizer
+
+
+def carry_over(old, new, variables: list) -> None:
+    """Builds the optimizer `new` for `variables` and copies the slots that `old` has for them."""
     new.build(variables)
-    # A slot's name is made of its weight's path.
-    values = {slot.name: slot for slot in old.variables}
+    slots = {slot.name: slot for slot in old.variables}  # a slot's name contains its weight's path
     for slot in new.variables:
-        if slot.name in values:
-            slot.assign(values[slot.name])
+        if slot.name in slots:
+            slot.assign(slots[slot.name])
+
+
+def measure(network, batches, result: Result, outside_bytes: int = 0) -> float:
+    """Estimates and measures the memory of a training step, and undoes the step.
+
+    Args:
+        network: models.Network, compiled.
+        batches: tf.data.Dataset. The first batch is used.
+        result: Result. Receives the peaks.
+        outside_bytes: int. Size of weights in memory that are not the network's: those of a
+            cached prefix.
+
+    Returns:
+        float. Seconds of the first step, tracing included.
+    """
+    model = network.model
+    images, labels = next(iter(batches))
+    devices = model.distribute_strategy.num_replicas_in_sync
+    if devices > 1:  # one device's part of a batch
+        images, labels = images[: len(labels) // devices], labels[: len(labels) // devices]
+    input_shape = (len(labels), *model.inputs[0].shape[1:])
+    estimated = estimate.bytes_of_training(model, input_shape)
+    if estimated is not None:
+        result.estimated_bytes = largest_known(result.estimated_bytes, estimated + outside_bytes)
+    peak, first_step_s = measured_training_step(model, images, labels, changing_variables(network))
+    result.peak_bytes, result.device = largest_known(result.peak_bytes, peak.bytes), peak.device
+    return first_step_s
+
+
+def reselect(selection: Selection, epoch: int, result: Result) -> Selection:
+    """Returns the selection for the epochs from `epoch` on, counted from 0, and accounts for its cost."""
+    start = time.perf_counter()
+    with measured_peak() as peak:
+        following = selection.reselect(epoch)
+    result.selection_s = (result.selection_s or 0.0) + time.perf_counter() - start
+    result.selection_peak_bytes = largest_known(result.selection_peak_bytes, peak.bytes)
+    result.reselections.append((epoch + 1, following))
+    before, after = set(selection.trained_weights), set(following.trained_weights)
+    log.info(
+        "Epoch %d: new selection; %d weights train, %d of them new, %d frozen again",
+        epoch + 1,
+        len(after),
+        len(after - before),
+        len(before - after),
+    )
+    return following
 
 
 @contextlib.contextmanager
-def additions(network, selection):
-    """Lets the selection's penalties and constraints hold, by Keras's own hooks on single weights.
+def penalties_and_constraints(network, selection: Selection) -> Iterator[keras.callbacks.Callback]:
+    """Applies the selection's penalties and constraints by Keras' own hooks on single weights.
 
     Args:
         network: models.Network.
-        selection: selection.Selection.
+        selection: Selection.
 
     Yields:
-        keras.callbacks.Callback for `fit`, that keeps the penalties out of held-out losses.
+        keras.callbacks.Callback for `fit`. It keeps the penalties out of held-out losses.
     """
     weights = [weight for weight in network.trainable_weights if weight.trainable]
 
@@ -155,354 +354,36 @@ def additions(network, selection):
             weight.constraint = None
 
 
-def fine_tune(network, selection, data, cfg, folder, result, saved=None):
-    """Trains the selected weights and measures what it took.
+def checksums(network) -> dict[str, int]:
+    """Returns {path: CRC-32 of the value} for every weight and statistic of the network."""
+    return {weight.path: zlib.crc32(weight.numpy().tobytes()) for weight in network.model.weights}
 
-    Where the selection wants to be asked again, the epochs are trained in segments
-    of `cfg.interval`, each with a selection of its own.
+
+def check_what_moved(network, trained_weights: Collection[str], before: dict[str, int]) -> None:
+    """Checks that training changed only the weights that were selected.
 
     Args:
         network: models.Network.
-        selection: selection.Selection.
-        data: data.Data.
-        cfg: Config.
-        folder: run_folder.RunFolder. Takes metrics.csv, TensorBoard's events, and
-            selection.json anew after a re-selection.
-        result: Result. Filled in as the training goes on, so that an
-            interrupted one can still be reported.
-        saved: checkpoint.Checkpoint or None. Where to go on from; `result` has its
-            record already.
+        trained_weights: collection of str. Paths of the selected weights.
+        before: dict, from `checksums` before the training.
+
+    Raises:
+        RunError: if another weight has changed.
     """
-    model = network.model
-    held_out, prefix = (
-        (data.validation_batches(), "val") if cfg.protocol == "validation" else (data.test_batches(), "test")
-    )
-    split = "validation" if cfg.protocol == "validation" else "test"
-    held_out = strategy.even_batches(model.distribute_strategy, held_out, data.split_sizes[split], data.batch_size)
-    clock = EpochClock(result, cfg, prefix, folder)
-    best = BestEpoch()
-    checkpointer = Checkpointer(folder.path, cfg, data.steps_per_epoch, selection, result, best, clock)
-    current, optimizer = result.later[-1][1] if result.later else selection, None
-    segment = cfg.interval if current.reselect else cfg.num_epochs
-    epoch, step = (saved.record["epoch"], saved.record["step"]) if saved else (0, 0)
-    # Of an epoch that has just ended, the segment that it belongs to: the next begins with a selection.
-    first = max(0, epoch - (step == 0)) // segment * segment
-    for start in range(first, cfg.num_epochs, segment):
-        goes_on = start == first and (epoch, step) != (0, 0)
-        if start and not goes_on:
-            current = reselect(current, start, result)
-            folder.write_json("selection.json", report.selection_record(cfg, selection, result.later))
-        freeze(network, current.trained_weights)
-        with model.distribute_strategy.scope():
-            previous, optimizer = optimizer, make_optimizer(cfg, cfg.num_epochs * data.steps_per_epoch)
-        if previous:
-            carry_over(previous, optimizer, model.trainable_variables)
-        with model.distribute_strategy.scope():
-            compile_model(model, optimizer)
-        # What a later selection trains has to be put back too, if the best epoch came before it.
-        best.variables = model.variables if current.reselect else changing_variables(network)
-        if goes_on:
-            with model.distribute_strategy.scope():
-                optimizer.build(model.trainable_variables)
-                restore(saved, model, best)
-            checkpointer.checksums = saved.record["checksums"]
-            clock.begin_segment(0.0)
-        else:
-            epoch, step = start, 0
-            checkpointer.checksums = checksums(network)
-        with additions(network, current) as penalties:
-            if not goes_on:
-                clock.begin_segment(measure(network, data.train_batches(start, start + 1), result))
-            callbacks = [
-                penalties,
-                StopWhenDiverged(result, data.steps_per_epoch),
-                clock,
-                best,
-                ProgressBar(cfg.num_epochs),
-                keras.callbacks.TensorBoard(folder.path / "tensorboard", write_graph=False),
-                checkpointer,
-            ]
-            end = min(start + segment, cfg.num_epochs)
-            if step:
-                clock.epoch_s_before = saved.record["epoch_s"]
-                checkpointer.begin_at(step, list(saved.read("metric/")), saved.record["epoch_s"])
-                finish_epoch(model, data, epoch, step, held_out, callbacks)
-                epoch, step = epoch + 1, 0
-            if epoch < end and result.status != "diverged":
-                model.fit(
-                    data.train_batches(epoch, end),
-                    initial_epoch=epoch,
-                    epochs=end,
-                    steps_per_epoch=data.steps_per_epoch,
-                    validation_data=held_out,
-                    verbose=0,
-                    shuffle=False,  # the data are shuffled already, and Keras warns of doing both
-                    callbacks=callbacks,
-                )
-            signals.release()
-        check_what_moved(network, current.trained_weights, checkpointer.checksums)
-        if current.facts:
-            result.facts = current.facts()
-        if result.status == "diverged":
-            break
-    result.compile_s = clock.compile_s()
-    if result.status == "diverged":
-        return
-
-    best.restore()
-    result.best_epoch = best.epoch
-    if current.facts:
-        result.facts = current.facts()  # of the model as it is reported
-    sizes = data.split_sizes
-    if cfg.protocol == "validation":
-        result.val_accuracy = percent(best.accuracy, sizes["validation"])
-        start = time.perf_counter()
-        test = strategy.even_batches(model.distribute_strategy, data.test_batches(), sizes["test"], data.batch_size)
-        tested = model.evaluate(test, verbose=0, return_dict=True)["accuracy"]
-        result.eval_s += time.perf_counter() - start
-    else:
-        tested = best.accuracy
-    result.accuracy = percent(tested, sizes["test"])
-    result.status = "done"
-
-
-def measure(network, batches, result):
-    """Estimates and measures the memory of a training step, and undoes it.
-
-    Args:
-        network: models.Network, compiled.
-        batches: tf.data.Dataset, of which the first batch is taken.
-        result: Result. Takes the peaks.
-
-    Returns:
-        float. Seconds of the first step.
-    """
-    model = network.model
-    images, labels = next(iter(batches))
-    share = len(labels) // model.distribute_strategy.num_replicas_in_sync  # what one device sees of a batch
-    images, labels = images[:share], labels[:share]
-    result.estimated_bytes = max_known(result.estimated_bytes, estimate.bytes_of_training(model, images.shape))
-    peak, first_step_s = measured_training_step(model, images, labels, changing_variables(network))
-    result.peak_bytes, result.device = max_known(result.peak_bytes, peak.bytes), peak.device
-    return first_step_s
-
-
-def finish_epoch(model, data, epoch, step, held_out, callbacks):
-    """Trains the rest of an epoch that was broken off, and evaluates as `fit` does at its end.
-
-    Args:
-        model: keras.Model, its variables as they were then.
-        data: data.Data.
-        epoch: int, from 0.
-        step: int. Steps of the epoch that are done; where all are, the evaluation is what is left.
-        held_out: tf.data.Dataset of batches.
-        callbacks: list of keras.callbacks.Callback.
-    """
-    left = data.steps_per_epoch - step
-    if left:
-        model.fit(
-            data.train_batches(epoch, epoch + 1, step),
-            initial_epoch=epoch,
-            epochs=epoch + 1,
-            steps_per_epoch=left,
-            validation_data=held_out,
-            verbose=0,
-            shuffle=False,
-            callbacks=callbacks,
+    after = checksums(network)
+    moved = {path for path in before if after[path] != before[path]}
+    may_move = set(trained_weights)
+    if network.bn_stats == "batch":
+        may_move |= {w.path for w in network.model.non_trainable_weights} - {w.path for w in network.trainable_weights}
+    if moved - may_move:
+        raise RunError(f"training must not change frozen weights. Received: changes in {sorted(moved - may_move)[:3]}.")
+    still = set(trained_weights) - moved
+    if still:
+        log.warning(
+            "%d of %d selected weights did not change, among them %s.", len(still), len(trained_weights), min(still)
         )
-        return
-    callbacks = keras.callbacks.CallbackList(callbacks, model=model, epochs=epoch + 1, steps=0)
-    callbacks.on_train_begin()
-    callbacks.on_epoch_begin(epoch)
-    logs = model.get_metrics_result()
-    found = model.evaluate(held_out, verbose=0, return_dict=True, callbacks=callbacks)
-    callbacks.on_epoch_end(epoch, {**logs, **{f"val_{name}": value for name, value in found.items()}})
-    callbacks.on_train_end()
 
 
-def max_known(*values):
-    """Returns the largest of the values that aren't None, or None."""
-    return max((value for value in values if value is not None), default=None)
-
-
-def percent(accuracy, num_images):
-    """Returns an accuracy in percent; Keras's own is a float32, of which the count of images is left exact."""
+def percent(accuracy: float, num_images: int) -> float:
+    """Returns an accuracy in percent, exact from the count of images: Keras' accuracy is a float32."""
     return 100 * round(accuracy * num_images) / num_images
-
-
-def reselect(selection, epoch, result):
-    """Asks a selection for the one that follows it, and accounts for what that took.
-
-    Args:
-        selection: selection.Selection with `reselect`.
-        epoch: int, from 0.
-        result: Result.
-
-    Returns:
-        selection.Selection.
-    """
-    start = time.perf_counter()
-    with measured_peak() as peak:
-        following = selection.reselect(epoch)
-    result.selection_s = (result.selection_s or 0.0) + time.perf_counter() - start
-    result.selection_peak_bytes = max_known(result.selection_peak_bytes, peak.bytes)
-    result.later.append((epoch + 1, following))
-    left, came = (
-        set(a.trained_weights) - set(b.trained_weights) for a, b in ((selection, following), (following, selection))
-    )
-    log.info(
-        "Epoch %d: selected anew, %d weights train, %d of them new, %d no more",
-        epoch + 1, len(following.trained_weights), len(came), len(left),
-    )  # fmt: skip
-    return following
-
-
-class EpochClock(keras.callbacks.Callback):
-    """Times steps, epochs and evaluations apart, and writes an epoch's row the moment it ends.
-
-    Attributes:
-        epoch_s_before: float. Seconds that an epoch had already taken when it was broken off.
-    """
-
-    def __init__(self, result, cfg, prefix, folder):
-        super().__init__()
-        self.result, self.cfg, self.prefix, self.folder = result, cfg, prefix, folder
-        self.compile_s_before = result.compile_s or 0.0  # of the processes before this one
-        self.step_s, self.first_steps, self.epoch_s_before = [], [], 0.0
-
-    def begin_segment(self, first_step_s):
-        """Tells that the next step is the first with this selection, and what the measured one before it took."""
-        self.first_steps.append((first_step_s, len(self.step_s)))
-
-    def compile_s(self):
-        """Returns the seconds of all first steps so far beyond median ones."""
-        if not self.step_s:
-            return self.compile_s_before
-        step_s = statistics.median(self.step_s)
-        firsts = [first_s for first_s, _ in self.first_steps] + [
-            self.step_s[i] for _, i in self.first_steps if i < len(self.step_s)
-        ]
-        return self.compile_s_before + sum(max(0.0, first_s - step_s) for first_s in firsts)
-
-    def seconds_so_far(self):
-        """Returns what the running epoch has taken, without evaluation and checkpoints."""
-        return self.epoch_s_before + time.perf_counter() - self.epoch_start - self.left_out_s
-
-    def leave_out(self, seconds):
-        """Takes seconds out of the running epoch's account."""
-        self.left_out_s += seconds
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.epoch_start = time.perf_counter()
-        self.left_out_s = 0.0
-
-    def on_train_batch_begin(self, batch, logs=None):
-        self.step_start = time.perf_counter()
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.step_s.append(time.perf_counter() - self.step_start)
-
-    def on_test_begin(self, logs=None):
-        self.test_start = time.perf_counter()
-
-    def on_test_end(self, logs=None):
-        evaluation_s = time.perf_counter() - self.test_start
-        self.result.eval_s += evaluation_s
-        self.leave_out(evaluation_s)
-
-    def on_epoch_end(self, epoch, logs=None):
-        if self.result.status == "diverged":
-            return
-        seconds = self.seconds_so_far()
-        self.epoch_s_before = 0.0
-        row = {
-            "epoch": epoch + 1,
-            "train_loss": logs["loss"],
-            "train_accuracy": logs["accuracy"],
-            f"{self.prefix}_loss": logs["val_loss"],
-            f"{self.prefix}_accuracy": logs["val_accuracy"],
-            "seconds": seconds,
-            "learning_rate": float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)),
-        }
-        self.result.epochs.append(row)
-        self.folder.write_metrics(self.result.epochs)
-        log.info(
-            "Epoch %d/%d: loss %.4f, accuracy %.2f %%, %s loss %.4f, %s accuracy %.2f %%, %.1f s",
-            epoch + 1, self.cfg.num_epochs, logs["loss"], 100 * logs["accuracy"], self.prefix, logs["val_loss"],
-            self.prefix, 100 * logs["val_accuracy"], seconds,
-        )  # fmt: skip
-
-
-class BestEpoch(keras.callbacks.Callback):
-    """Keeps what training has changed, as it stood after the best epoch, in host memory.
-
-    Best is the highest held-out accuracy; ties go to the lower held-out loss,
-    then to the earlier epoch.
-
-    Attributes:
-        variables: list of keras.Variable. What to keep.
-    """
-
-    variables = ()
-
-    def __init__(self):
-        super().__init__()
-        self.best = (-math.inf, -math.inf)
-        self.epoch = None
-
-    @property
-    def accuracy(self):
-        return self.best[0]
-
-    def on_epoch_end(self, epoch, logs=None):
-        this = (logs["val_accuracy"], -logs["val_loss"])
-        if this > self.best:
-            self.best, self.epoch = this, epoch + 1
-            self.values = [(variable, variable.numpy()) for variable in self.variables]
-
-    def restore(self):
-        for variable, value in self.values:
-            variable.assign(value)
-
-
-class StopWhenDiverged(keras.callbacks.Callback):
-    """Stops at the first step whose mean loss so far is no number."""
-
-    def __init__(self, result, steps_per_epoch):
-        super().__init__()
-        self.result, self.steps_per_epoch = result, steps_per_epoch
-
-    def on_train_batch_end(self, batch, logs=None):
-        if not math.isfinite(logs["loss"]):
-            step = self.steps_per_epoch - self.params["steps"] + batch + 1  # `fit` may have begun within the epoch
-            self.result.status = "diverged"
-            self.result.advice = (
-                f"the loss must stay finite. Received: {logs['loss']} in epoch {self.epoch}, step {step}; "
-                "try a lower --learning_rate, or --global_clipnorm 1."
-            )
-            self.model.stop_training = True
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.epoch = epoch + 1
-
-
-class ProgressBar(keras.callbacks.Callback):
-    """A bar of the epoch's steps on stderr, where that is a terminal."""
-
-    def __init__(self, num_epochs):
-        super().__init__()
-        self.num_epochs = num_epochs
-
-    def on_epoch_begin(self, epoch, logs=None):
-        total = self.params["steps"]
-        self.bar = tqdm(total=total, desc=f"Epoch {epoch + 1}/{self.num_epochs}", unit="step", leave=False,
-                        disable=not sys.stderr.isatty())  # fmt: skip
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.bar.update()
-
-    def on_test_begin(self, logs=None):
-        self.bar.close()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.bar.close()

@@ -1,12 +1,12 @@
-"""Trains under memory budgets, and compares what was measured with what was allowed.
+"""Trains under memory budgets, and compares the measured peak with the budget.
 
     python benchmarks/budgets.py                                # five budgets for each backbone
     python benchmarks/budgets.py --models resnet50 --budgets 3
 
-Budgets lie evenly between the estimated peaks of training the head alone and of
-training everything. Each is a `main.py` on digits in a process of its own, with
-random weights and seed 0; what --log_dir has already is not run again. Exits
-with 1 where a run failed or measured more than 5 % over its budget.
+The budgets are evenly spaced between the estimated peaks of training the head alone and
+of training everything. Each run is a process of main.py on digits, with random weights
+and seed 0; runs that exist in --log_dir are not repeated. Exits with 1 if a run failed
+or measured more than 5 % over its budget.
 """
 
 import argparse
@@ -16,23 +16,26 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from core.units import MB
+
 MODELS = ("resnet50", "vgg16", "mobilenetv2", "vit")
-MB = 10**6
 TOLERANCE = 1.05
 
 
 def main(argv=None):
-    """Runs the cases and prints their table. Returns the exit code."""
+    """Runs the cases, prints their table, and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--budgets", type=int, default=5, help="how many for each backbone (default: 5)")
+    parser.add_argument("--budgets", type=int, default=5, help="budgets per backbone (default: 5)")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--input_size", type=int, default=224)
     parser.add_argument("--log_dir", default="logs/budgets")
     parser.add_argument("more", nargs="*", help="further flags of main.py, after --")
     args = parser.parse_args(argv)
     print(
-        f"{'model':<12} {'budget':>8} {'estimated':>9} {'measured':>8}  ratio  layers  next layer, with its estimate",
+        f"{'model':<12} {'budget':>8} {'estimated':>9} {'measured':>8}  ratio  layers  next layer and its estimate",
         flush=True,
     )
     missed = 0
@@ -51,7 +54,8 @@ def main(argv=None):
                 following += f" {summary['budget_next_bytes_estimated'] / MB:.1f}"
             print(
                 f"{model:<12} {budget:>8.1f} {summary['peak_memory_bytes_estimated'] / MB:>9.1f} "
-                f"{summary['peak_memory_bytes_measured'] / MB:>8.1f}  {ratio:.3f}  {summary['num_trained_layers']:>6}  {following}",
+                f"{summary['peak_memory_bytes_measured'] / MB:>8.1f}  {ratio:.3f}  {summary['num_trained_layers']:>6}  "
+                f"{following}",
                 flush=True,
             )
     return int(missed > 0)
@@ -61,7 +65,8 @@ def estimate(args, model, scheme):
     """Returns the estimated peak of a scheme's training step, in bytes."""
     done = subprocess.run(
         [
-            sys.executable, str(ROOT / "memory_utils.py"), "--model_name", model, "--train_type", scheme, "--num_classes", "10",
+            sys.executable, str(ROOT / "memory_utils.py"), "--model_name", model, "--train_type", scheme,
+            "--num_classes", "10",
             "--batch_size", str(args.batch_size), "--input_size", str(args.input_size), "--weights", "none", "--json",
         ],
         capture_output=True, text=True, check=True,
@@ -70,13 +75,14 @@ def estimate(args, model, scheme):
 
 
 def train(args, model, budget):
-    """Trains under a budget in megabytes. Returns the run's summary, or None after saying why there is none."""
+    """Trains under a budget in megabytes and returns the summary, or prints why it failed and returns None."""
     name = f"{model}_{budget:g}mb"
     summary = Path(args.log_dir).resolve() / name / "summary.json"
     if not summary.exists():
         command = [
-            sys.executable, str(ROOT / "main.py"), "--model_name", model, "--dataset_name", "digits", "--weights", "none",
-            "--memory_budget_mb", f"{budget:g}", "--batch_size", str(args.batch_size), "--input_size", str(args.input_size),
+            sys.executable, str(ROOT / "main.py"), "--model_name", model, "--dataset_name", "digits",
+            "--weights", "none", "--memory_budget_mb", f"{budget:g}", "--batch_size", str(args.batch_size),
+            "--input_size", str(args.input_size),
             "--num_epochs", "1", "--limit_train", "48", "--limit_test", "8", "--log_dir", str(summary.parent.parent),
             "--run_name", name, *args.more,
         ]  # fmt: skip

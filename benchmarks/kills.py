@@ -1,13 +1,12 @@
-"""Kills runs with SIGKILL at random moments, resumes them, and compares with runs that nobody killed.
+"""Kills runs with SIGKILL at random moments, resumes them, and compares them with uninterrupted runs.
 
     python benchmarks/kills.py --kills 20 --seed 0
 
-For each of a few schemes one run is left alone. Then runs with the same flags are
-killed, by turns during the selection, the tracing of the first step, the training,
-and the very writing of a checkpoint; each is gone on with by `--resume` and has to
-end with the same bytes in selection.json, the same metrics but for times, and the
-same weights. One line a kill; exit code 1 where any differs. Half an hour on two
-cores; what the runs left is kept in --out where something differed.
+For each of a few schemes one run is not interrupted. Runs with the same flags are killed
+in turn during the selection, the tracing of the first step, the training, and the
+writing of a checkpoint. Each is resumed with `--resume` and must end with the same bytes
+in selection.json, the same metrics apart from times, and the same weights. It prints one
+line per kill, and exits with 1 if any run differs; the run folders are then kept.
 """
 
 import argparse
@@ -49,57 +48,57 @@ COMMON = [
     "0",
     "--save_model",
 ]
-# What is special about each: ranks once; selects again, and trains other weights; prunes; two slots a weight.
+# One scheme that ranks once, one that selects again, one that prunes, and two slots per weight.
 SETTINGS = {
     "act_norm_betti_train": ["--model_name", "mobilenetv2"],
     "elastic_training": ["--model_name", "vgg16", "--interval", "1", "--rho", "0.8"],
     "prunetrain": ["--model_name", "vgg16", "--interval", "2"],
     "full_training": ["--model_name", "mobilenetv2", "--optimizer", "adam"],
 }
-# Moments of a kill. Of the first two, the texts in log.txt between which they lie; the
-# others come after a random step, whose checkpoint tells of it.
+# Moments of a kill. The first two are between the appearance of two files of the run folder;
+# the others follow the checkpoint of a random step.
 PHASES = {
-    "selection": ("Run folder: ", "; chosen in "),
-    "tracing": ("; chosen in ", "Epoch 1/"),
+    "selection": ("config.json", "selection.json"),
+    "tracing": ("selection.json", "metrics.csv"),
     "training": None,
     "saving": None,
 }
-# Of summary.json, what is measured: times and memory.
+# Endings of the measured entries of summary.json: times and memory.
 MEASURED = ("_s", "_measured", "_memory_bytes", "_rss_bytes")
 DEADLINE_S = 900
 
 
 def main(argv=None):
-    """Runs the comparison. Returns the exit code: 1 where a resumed run differs."""
+    """Runs the comparison and returns the exit code: 1 if a resumed run differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=20, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (default: %(default)s)")
     parser.add_argument("--data_dir", help="TFDS folder")
-    parser.add_argument("--out", help="where the runs go (default: a temporary folder)")
+    parser.add_argument("--out", help="folder of the runs (default: a temporary one)")
     args = parser.parse_args(argv)
     out = Path(args.out or tempfile.mkdtemp(prefix="kills_"))
     common = [*COMMON, *(["--data_dir", args.data_dir] if args.data_dir else [])]
     settings = {name: ["--train_type", name, *common, *own] for name, own in SETTINGS.items()}
     differing = kill_and_compare(settings, args.kills, args.seed, out)
-    print(f"{args.kills - differing} of {args.kills} killed runs ended like the one that was left alone")
+    print(f"{args.kills - differing} of {args.kills} killed runs ended like the uninterrupted one")
     if not differing and not args.out:
         shutil.rmtree(out)
     return int(differing > 0)
 
 
 def kill_and_compare(settings, kills, seed, out, program=(str(ROOT / "main.py"),), phases=tuple(PHASES)):
-    """Kills runs and goes on with them; prints a line each.
+    """Kills runs, resumes them, and prints a line for each.
 
     Args:
-        settings: dict from a name to its flags, which are taken in turn.
-        kills: int. How many runs to kill.
-        seed: int. Of the random moments.
+        settings: dict from a name to its flags, used in turn.
+        kills: int. The number of runs to kill.
+        seed: int. Seed of the random moments.
         out: pathlib.Path. The runs' log folder.
-        program: sequence of str. The Python program that is run, and its first arguments.
-        phases: sequence of str, of PHASES, taken in turn.
+        program: sequence of str. The Python program of a run, and its first arguments.
+        phases: sequence of str, of PHASES, used in turn.
 
     Returns:
-        int. How many differed.
+        int. The number of runs that differ.
     """
     rng, differing = random.Random(seed), 0
     alone = {}
@@ -108,7 +107,7 @@ def kill_and_compare(settings, kills, seed, out, program=(str(ROOT / "main.py"),
     ):
         command = [sys.executable, *program, *settings[name], "--log_dir", str(out), "--run_name"]
         if name not in alone:
-            alone[name] = left_alone([*command, f"{name}_alone"], out / f"{name}_alone")
+            alone[name] = uninterrupted([*command, f"{name}_alone"], out / f"{name}_alone")
         folder = out / f"{name}_{number}"
         moment = killed([*command, folder.name], folder, phase, alone[name], rng)
         found = subprocess.run([sys.executable, *program, "--resume", str(folder)], capture_output=True, text=True)
@@ -117,65 +116,64 @@ def kill_and_compare(settings, kills, seed, out, program=(str(ROOT / "main.py"),
         else:
             differences = compare(out / f"{name}_alone", folder)
         differing += bool(differences)
-        went_on = next((line for line in found.stderr.splitlines() if line.startswith("Goes on")), "started over")
-        print(f"{number + 1:3d} {name}, {phase}, {moment}: {went_on}; {'; '.join(differences) or 'equal'}", flush=True)
+        resumed = next((line for line in found.stderr.splitlines() if line.startswith("Resuming")), "restarted")
+        print(f"{number + 1:3d} {name}, {phase}, {moment}: {resumed}; {'; '.join(differences) or 'equal'}", flush=True)
     return differing
 
 
-def left_alone(command, folder):
+def uninterrupted(command, folder):
     """Runs to the end and returns {phase: its seconds, or the number of training steps}."""
     process, seen = start(command), {}
-    texts = {text for pair in PHASES.values() if pair for text in pair}
+    files = {name for pair in PHASES.values() if pair for name in pair}
     while process.poll() is None:
-        log = log_of(folder)
-        seen |= {text: time.monotonic() for text in texts - set(seen) if text in log}
+        seen |= {name: time.monotonic() for name in files - set(seen) if (folder / name).exists()}
         time.sleep(0.01)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed: {process.stderr.read().strip()}")
-    seen |= {text: time.monotonic() for text in texts - set(seen)}  # what came within the last look
+    seen |= {name: time.monotonic() for name in files - set(seen)}
     config = json.loads((folder / "config.json").read_text())
     steps = config["num_epochs"] * (config["split_sizes"]["train"] // config["batch_size"])
     return {phase: seen[pair[1]] - seen[pair[0]] if pair else steps for phase, pair in PHASES.items()}
 
 
 def killed(command, folder, phase, lasts, rng):
-    """Runs, and kills at a random moment of a phase.
+    """Runs, and kills the run at a random moment of a phase.
 
     Args:
         command: list of str.
-        folder: pathlib.Path. The run's.
-        phase: str, of PHASES. `saving` waits on from its moment until a checkpoint is being written.
-        lasts: dict, from `left_alone`.
+        folder: pathlib.Path. The run folder.
+        phase: str, of PHASES. `saving` waits after its moment until a checkpoint is being written.
+        lasts: dict, from `uninterrupted`.
         rng: random.Random.
 
     Returns:
-        str. When that was.
+        str. The moment, for the printed line.
     """
     process = start(command)
     if PHASES[phase]:
         moment = rng.random() * lasts[phase]
-        until(lambda: PHASES[phase][0] in log_of(folder) or process.poll() is not None)
+        until(lambda: (folder / PHASES[phase][0]).exists() or process.poll() is not None)
         time.sleep(moment)
-        told = f"after {moment:.2f} s"
+        place = f"after {moment:.2f} s"
     else:
         moment = rng.randrange(lasts[phase])
         until(lambda: last_step(folder) >= moment or process.poll() is not None)
         if phase == "saving":
             until(lambda: any(folder.glob("checkpoint/.partial-*")) or process.poll() is not None, every_s=0.0002)
-        told = f"after step {last_step(folder)}"
+        place = f"after step {last_step(folder)}"
     process.send_signal(signal.SIGKILL)
     process.wait()
     half = any(folder.glob("checkpoint/.partial-*"))
-    return told + (", which was the end" if process.returncode == 0 else ", within a save" if half else "")
+    return place + (", after its end" if process.returncode == 0 else ", while saving" if half else "")
 
 
 def last_step(folder):
-    """Returns the step of the newest checkpoint, -1 where there is none."""
-    return max((int(path.name.removeprefix("step_")) for path in folder.glob("checkpoint/step_*")), default=-1)
+    """Returns the step of the newest checkpoint, or -1."""
+    return max((int(path.stem.removeprefix("step_")) for path in folder.glob("checkpoint/step_*.zip")), default=-1)
 
 
 def start(command):
-    """Starts a process that keeps its stderr to itself."""
+    """Starts a process whose stderr is captured."""
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -188,16 +186,8 @@ def until(condition, every_s=0.005):
         time.sleep(every_s)
 
 
-def log_of(folder):
-    """Returns what a run has logged so far."""
-    try:
-        return (folder / "log.txt").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return ""
-
-
 def compare(one, other):
-    """Returns a list of what differs between two finished run folders, but for times and measured memory."""
+    """Returns the names of what differs between two finished run folders, apart from times and measured memory."""
     differing = [name for name in ("selection.json", "timings.json") if _bytes(one / name) != _bytes(other / name)]
     differing += [
         name for name, read in (("metrics.csv", metrics), ("summary.json", summary)) if read(one) != read(other)
@@ -219,7 +209,7 @@ def metrics(folder):
 
 
 def summary(folder):
-    """Returns summary.json without what is measured."""
+    """Returns summary.json without its measured entries."""
     record = json.loads((folder / "summary.json").read_text())
     return {key: value for key, value in record.items() if not key.endswith(MEASURED)}
 

@@ -2,10 +2,10 @@
 
     python benchmarks/learning_rates.py --weights mobilenetv2.h5
 
-fine-tunes a pretrained MobileNetV2 on digits at 96 pixels, once for every scheme
-and rate, and prints the best validation accuracy of each and the rate that won.
-The test split isn't looked at by the choice. Every training is a `main.py` of its
-own, in a process of its own; what --log_dir has already is not run again.
+fine-tunes a pretrained MobileNetV2 on digits at 96 pixels, once per scheme and rate, and
+prints the best validation accuracy of each and the best rate. The test split plays no
+role. Every training is a process of main.py; runs that exist in --log_dir are not
+repeated.
 
     --schemes fisher prunetrain   --rates 1e-3 1e-2   --seeds 0 1   -- --num_epochs 10
 
@@ -22,16 +22,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from core import environment  # noqa: E402, F401  before TensorFlow, as in every entry point
-from selection import SCHEMES  # noqa: E402
+from core import environment  # noqa: F401  before TensorFlow, as in every entry point
+from selection import SCHEMES
 
 RATES = ("1e-3", "3e-3", "1e-2", "3e-2")
 
 
 def main(argv=None):
-    """Runs the search and prints its table. Returns the exit code: 1 where a run failed."""
+    """Runs the search, prints its table, and returns the exit code: 1 if a run failed."""
     args = make_parser().parse_args(argv)
-    scores = {}  # (scheme, rate) -> validation accuracies, one a seed; None for what failed
+    scores = {}  # (scheme, rate) -> validation accuracies, one per seed; None for failed runs
     for scheme in args.schemes:
         for rate in args.rates:
             scores[scheme, rate] = [run(args, scheme, rate, seed) for seed in args.seeds]
@@ -48,7 +48,6 @@ def make_parser():
     )
     parser.add_argument("--model_name", default="mobilenetv2")
     parser.add_argument("--input_size", default="96", help="pixels (default: 96)")
-    # listed_layers has no layers of its own to tune for; the variants share a row's defaults.
     tuned = [name for name in SCHEMES if name != "listed_layers"]
     parser.add_argument("--schemes", nargs="+", choices=tuned, default=tuned, metavar="SCHEME")
     parser.add_argument("--rates", nargs="+", default=RATES, metavar="RATE", help=f"(default: {' '.join(RATES)})")
@@ -59,10 +58,10 @@ def make_parser():
 
 
 def run(args, scheme, rate, seed):
-    """Trains once, if that isn't done yet.
+    """Trains unless the run exists.
 
     Returns:
-        float, the best validation accuracy in percent; None where the run failed or diverged.
+        float, the best validation accuracy in percent, or None if the run failed or diverged.
     """
     name = f"{args.model_name}_{scheme}_lr{rate}_seed{seed}"
     summary = Path(args.log_dir) / name / "summary.json"

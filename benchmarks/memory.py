@@ -3,9 +3,8 @@
     python benchmarks/memory.py                                  # all 48 cases; an hour or two on a laptop
     python benchmarks/memory.py --models resnet50 --batch_sizes 8
 
-A case is one command of memory_utils.py, in a process of its own, with random
-weights and seed 0; the measurement itself runs in yet another fresh one. A
-ratio is estimate / measurement.
+A case is one process of memory_utils.py with random weights and seed 0, which measures in
+another new process. The ratio is estimate / measurement.
 """
 
 import argparse
@@ -17,22 +16,25 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from core.units import MB
+
 MODELS = ("resnet50", "vgg16", "mobilenetv2", "vit")
 SCHEMES = ("full_training", "act_norm_betti_train", "traditional_tl_training")
 BATCH_SIZES = (8, 32)
 OPTIMIZERS = ("sgd", "adam")
-MB = 10**6
 
 
 def main(argv=None):
-    """Runs the cases and prints their table; returns 1 where one failed, else 0."""
+    """Runs the cases, prints their table, and returns 1 if one failed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=SCHEMES)
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=BATCH_SIZES)
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS)
     parser.add_argument("--input_size", type=int, default=224)
-    parser.add_argument("--json", action="store_true", help="also print all of it as one line, last")
+    parser.add_argument("--json", action="store_true", help="also print one line of JSON, last")
     args = parser.parse_args(argv)
 
     print(
@@ -70,7 +72,7 @@ def main(argv=None):
 
 
 def run(model, scheme, batch_size, optimizer, input_size):
-    """Returns the record of one case, or None after saying why it failed."""
+    """Returns the record of one case, or prints why it failed and returns None."""
     flags = {
         "model_name": model,
         "train_type": scheme,

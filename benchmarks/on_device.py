@@ -26,7 +26,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.litert_train import Model, peak_rss_bytes  # noqa: E402  imports no TensorFlow
+from scripts.litert_train import Model, peak_rss_bytes
 
 CASES = {
     "rho": ["--train_type", "act_norm_betti_train"],

@@ -1,20 +1,19 @@
-"""What choosing the layers costs, next to plain inference and to the road usually taken.
+"""The cost of a selection beside plain inference, and beside the usual implementation.
 
     python benchmarks/selection.py --model_name resnet50 --batch_size 32 --input_size 224
 
-measures, turn by turn in one process, on real images (digits, enlarged):
+measures in turn, in one process, on real images (enlarged digits):
 
-(a) plain inference: forward passes and nothing else;
-(b) our selection: forward passes that leave each layer's distances, then Betti numbers;
-(c) collecting: a Keras extractor predicts every layer's activation, each is
-    flattened, distances between the points, ripser; what is published, but on
-    the true graph. Not for vit, whose layers an extractor doesn't reach.
+(a) plain inference;
+(b) our selection: forward passes with each layer's distances, then Betti numbers;
+(c) collecting: a Keras extractor predicts every layer's activation, which is flattened,
+    then distances and ripser. This is the published way, on the true graph. It is not
+    available for vit, whose layers an extractor does not reach.
 
-It prints medians, and their ratios. "Cold" is all batches with a newly traced
-function. Peaks are the allocator's, weights included. What (c) saves is told in
-two ways: by the allocator's peaks over the weights, and by what a process of its
-own grew by at most (resident size), where NumPy's arrays count too: (c) keeps its
-activations there, and its points.
+It prints medians and their ratios. "Cold" includes tracing, over all batches. Peaks are
+those of the allocator, weights included. The memory of (c) is compared in two ways: by
+the allocator's peaks beyond the weights, and by the growth of the resident size of a new
+process, which includes the NumPy arrays in which (c) keeps activations and points.
 """
 
 import argparse
@@ -39,7 +38,7 @@ CLEAR_REFS = Path("/proc/self/clear_refs")  # writing 5 makes the highest reside
 
 
 def main(argv=None):
-    """Measures and prints; returns the exit code."""
+    """Measures, prints, and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
     parser.add_argument("--model_name", default="resnet50", choices=("resnet50", "vgg16", "mobilenetv2", "vit"))
     parser.add_argument("--weights", default="none", help="none, or the path of a weights file (default: none)")
@@ -49,7 +48,7 @@ def main(argv=None):
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--bn_stats", default="stored", choices=("stored", "batch"),
-        help="what batch normalisation runs on, on all roads; (c) knows the stored ones alone (default: stored)",
+        help="statistics of batch normalization; (c) needs stored ones (default: stored)",
     )  # fmt: skip
     parser.add_argument(
         "--collect", action=argparse.BooleanOptionalAction, default=True, help="measure (c) too (default: yes)"
@@ -58,7 +57,7 @@ def main(argv=None):
     parser.add_argument("--json", action="store_true", help="print one line of JSON, last")
     args = parser.parse_args(argv)
     if args.collect and not os.access(CLEAR_REFS, os.W_OK):
-        parser.error(f"what a process grows by can only be read on Linux, where {CLEAR_REFS} is. Pass --no-collect")
+        parser.error(f"the growth of a process can only be read on Linux ({CLEAR_REFS}); use --no-collect")
     figures = measure(args)
     for name, value in figures.items():
         print(f"{name:<32} {value:.4g}" if isinstance(value, float) else f"{name:<32} {value}")
@@ -75,7 +74,7 @@ def measure(args):
     from models.batchnorm import calibrate
     from selection.topology import count_bars
 
-    calibrate(network.model, batches[0][:32])  # eagerly, where Keras keeps all activations
+    calibrate(network.model, batches[0][:32])  # eagerly: Keras keeps all activations
 
     def plain():
         forward = inference(network)
@@ -85,9 +84,9 @@ def measure(args):
     def select():
         count_bars(network, batches, len(batches))
 
-    with steady_roads(network, batches[0], args) as turns:
+    with steady_ways(network, batches[0], args) as turns:
         turns |= {"forward_cold": plain, "selection_cold": select}
-        for turn in turns.values():  # whatever is loaded or compiled once a process
+        for turn in turns.values():  # loads and compiles what a process needs once
             turn()
         times = {name: [] for name in turns}
         peaks = {name: [] for name in turns}
@@ -113,8 +112,8 @@ def measure(args):
     if "collect" in turns:
         with tempfile.TemporaryDirectory() as folder:
             network.model.save_weights(weights := f"{folder}/calibrated.weights.h5")
-            grown = {road: grown_bytes(args, weights, road) for road in ("forward", "selection", "collect")}
-        figures |= {f"{road}_grown_bytes": value for road, value in grown.items()}
+            grown = {way: grown_bytes(args, weights, way) for way in ("forward", "selection", "collect")}
+        figures |= {f"{way}_grown_bytes": value for way, value in grown.items()}
         figures |= {
             "speedup_over_collect": time_s["collect"] / time_s["selection"],
             "allocator_saving_over_collect": (peak_bytes["collect"] - weights_bytes)
@@ -125,7 +124,7 @@ def measure(args):
 
 
 def prepare(args):
-    """Returns the models.Network, its statistics not calibrated yet, and the batches of images."""
+    """Returns the models.Network, before calibration, and the batches of images."""
     environment.load_tensorflow()
     import models
     from core.config import Config
@@ -138,28 +137,27 @@ def prepare(args):
 
 
 @contextlib.contextmanager
-def steady_roads(network, images, args):
-    """Gives {name of a road: function} that take `images` down that road, traced at their first call."""
+def steady_ways(network, images, args):
+    """Provides {name: function} of the measured ways to process `images`, traced at their first call."""
     import keras
 
     from selection.activations import distance_pass
     from selection.betti import betti_1_of_each
-    from selection.distances import num_workers
 
     forward = inference(network)
     with distance_pass(network) as distances:
-        roads = {
+        ways = {
             "forward": lambda: forward(images),
-            "selection": lambda: betti_1_of_each(distances(images), num_workers()),
+            "selection": lambda: betti_1_of_each(distances(images), environment.num_workers()),
         }
         if args.collect and args.model_name != "vit" and args.bn_stats == "stored":
             extractor = keras.Model(network.model.inputs, [candidate.layer.output for candidate in network.candidates])
-            roads["collect"] = lambda: [published_count(a) for a in extractor.predict(images, verbose=0)]
-        yield roads
+            ways["collect"] = lambda: [published_count(a) for a in extractor.predict(images, verbose=0)]
+        yield ways
 
 
 def inference(network):
-    """Returns a function, not traced yet, from images to logits by the network's policy of batch normalisation."""
+    """Returns a function from images to logits, not traced yet, in the network's mode of batch normalization."""
     import tensorflow as tf
 
     from models.batchnorm import statistics_kept
@@ -171,35 +169,34 @@ def inference(network):
     return tf.function(forward, jit_compile=False)
 
 
-def grown_bytes(args, weights, road):
-    """Returns by how much a new process' resident size grows at most when it goes a road."""
+def grown_bytes(args, weights, way):
+    """Returns the largest growth of a new process' resident size."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(_grown_here, args, weights, road).result()
+        return process.submit(_grown_here, args, weights, way).result()
 
 
-def _grown_here(args, weights, road):
+def _grown_here(args, weights, way):
     network, batches = prepare(args)
     network.model.load_weights(weights)
 
-    import gudhi.sklearn.rips_persistence  # noqa: F401  what is loaded counts for no road
+    import gudhi.sklearn.rips_persistence  # noqa: F401  loaded before the measurement
     import scipy.spatial.distance  # noqa: F401
 
-    from selection.distances import normalised_distances, pairwise_distances
+    from selection.distances import pairwise_distances
 
     published_count(np.random.default_rng(0).normal(size=(8, 3)))
-    pairwise_distances(cloud := np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32))
-    normalised_distances(cloud, *np.ones((2, 8), np.float32), (np.float32(0), np.float32(6)))
+    pairwise_distances(np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32))
 
-    status = Path("/proc/self/status")  # Linux keeps there what the resident size is, and was at most
+    status = Path("/proc/self/status")
 
     def bytes_of(name):
         [line] = [line for line in status.read_text().splitlines() if line.startswith(name)]
         return int(line.split()[1]) * 1024
 
-    with steady_roads(network, batches[0], args) as roads:
+    with steady_ways(network, batches[0], args) as ways:
         before = bytes_of("VmRSS")
         CLEAR_REFS.write_text("5")
-        roads[road]()
+        ways[way]()
         return bytes_of("VmHWM") - before
 
 
@@ -215,7 +212,7 @@ def digits(num_images, size, seed):
 
 
 def published_count(activation):
-    """Returns b1 by the published road: points, their distances, ripser over Z/2."""
+    """Returns b1 as published: points, their distances, ripser over Z/2."""
     from ripser import ripser
     from scipy.spatial.distance import pdist, squareform
 

@@ -1,10 +1,10 @@
-"""How the chosen layers change with what the selection looks at.
+"""How the selected layers depend on the images of the selection.
 
     python benchmarks/selection_study.py --weights WEIGHTS.h5 --out docs/selection_stability.png
 
-ranks a network's layers again and again, from other images (seeds), from fewer
-or more of them (point clouds a ranking, points a cloud), and plots how many of
-the chosen layers two rankings have in common.
+ranks a network's layers from different images (seeds), with different numbers of point
+clouds per ranking and points per cloud, and plots how many of the selected layers two
+rankings have in common.
 """
 
 import argparse
@@ -20,14 +20,14 @@ from core import environment
 
 
 def main(argv=None):
-    """Ranks, prints the table, draws it; returns the exit code."""
+    """Ranks, prints the table, draws it, and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
     parser.add_argument("--model_name", default="mobilenetv2")
     parser.add_argument("--weights", required=True, help="a weights file")
     parser.add_argument("--input_size", type=int, default=96)
     parser.add_argument("--rho", type=float, default=0.1)
     parser.add_argument("--points", type=int, nargs="+", default=[16, 32, 64, 128, 256])
-    parser.add_argument("--clouds", type=int, default=8, help="most clouds a ranking")
+    parser.add_argument("--clouds", type=int, default=8, help="largest number of clouds per ranking")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--data_dir", help="TFDS folder")
     parser.add_argument("--out", default="selection_stability.png")
@@ -43,7 +43,7 @@ def main(argv=None):
         ]
         for points in args.points
     }
-    print(f"Layers in common between two seeds, % of the top {args.rho:g}, by clouds a ranking")
+    print(f"Layers in common between two seeds, % of the top {args.rho:g}, by clouds per ranking")
     for points, row in agreement.items():
         print(f"{points:>4} points: " + "  ".join(f"{100 * share:5.1f}" for share in row))
     draw(agreement, args)
@@ -70,7 +70,7 @@ def scores_per_cloud(args, points, seed):
 
 
 def seeds_agree(scores_of_seeds, clouds, rho):
-    """Returns the share of the chosen layers that two seeds have in common, mean over all pairs of seeds."""
+    """Returns the share of the selected layers that two seeds have in common, as the mean over all pairs."""
     from selection.ranking import layer_budget, rank
 
     chosen = []
@@ -82,7 +82,7 @@ def seeds_agree(scores_of_seeds, clouds, rho):
 
 
 def draw(agreement, args):
-    """Draws agreement over clouds, a line for each number of points, into args.out."""
+    """Draws agreement over clouds, one line per number of points."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -99,8 +99,8 @@ def draw(agreement, args):
             label=f"{points} points",
         )
     axes.set(
-        xlabel="Point clouds a ranking",
-        ylabel="Chosen layers in common (%)",
+        xlabel="Point clouds per ranking",
+        ylabel="Selected layers in common (%)",
         ylim=(0, 102),
         title=f"{args.model_name}, top {args.rho:g}, {args.seeds} seeds, digits at {args.input_size} px",
     )

@@ -1,20 +1,23 @@
-"""The one frozen record of what a run was asked to do."""
+"""The settings of a run, in one frozen record."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every flag, resolved: defaults that hang on the data set or the scheme are filled in.
+    """Every flag, with its default resolved.
 
-    None means: not given, or (see `main.py`) not read by the chosen scheme.
+    None means that the flag was not given and has no default, or that the chosen
+    scheme does not read it. `rho` is also None if `memory_budget_mb` takes its place.
     """
 
     # Network
     model_name: str = "resnet50"
     weights: str = "auto"  # auto, imagenet, none, or a path
     input_size: int = 32  # pixels; images are square
-    num_classes: int | None = None  # checks the data, never sets the class count
+    num_classes: int | None = None  # compared with the data's class count
     bn_stats: str = "auto"  # auto, stored, batch
     dropout: float = 0.2
     # Data
@@ -22,7 +25,7 @@ class Config:
     data_dir: str | None = None
     image_dir: str | None = None
     skip_bad_images: bool = False
-    protocol: str = "validation"
+    protocol: str = "validation"  # validation, paper
     augment: bool = True
     limit_train: int | None = None  # images
     limit_test: int | None = None  # images
@@ -32,31 +35,40 @@ class Config:
     interval: int | None = None  # epochs
     timing: str | None = None  # measured, flops
     num_betti_batches: int | None = 4  # point clouds
-    betti_points: int | None = None  # images a cloud; None is the batch size
+    betti_points: int | None = None  # images per point cloud; None uses the batch size
     layers: str | None = None  # a regular expression, or @FILE
     exclude_layers: str | None = None  # a regular expression
     memory_budget_mb: float | None = None  # 10^6 bytes
     # Training
     batch_size: int = 32
-    optimizer: str = "sgd"
+    optimizer: str = "sgd"  # sgd, adam
     learning_rate: float = 1e-2
+    lr_schedule: str = "cosine"  # cosine, constant
+    momentum: float = 0.9  # of sgd
     weight_decay: float = 5e-3
     global_clipnorm: float = 1.0  # 0 is off
     num_epochs: int = 10
     strategy: str = "none"  # none, mirrored
     seed: int = 0
     checkpoint_minutes: float = 10.0  # 0 is after every step
+    # Cached features of the frozen layers
+    cache_features: str = "auto"  # auto, off, memory, disk
+    cached_views: int | None = None  # augmented views of each image
+    cache_dtype: str = "float32"  # float32, float16
+    cache_dir: str | None = None  # None is a folder below XDG_CACHE_HOME or ~/.cache
+    cache_limit_gb: float = 20.0  # 10^9 bytes, of all features in cache_dir
     # Output
     log_dir: str = "logs"
     run_name: str | None = None
     save_model: bool = False
     save_txt: bool = False
     save_litert: bool = False
-    litert_momentum: float = 0.9  # 0 leaves out the momentum's slots
+    litert_momentum: float | None = None  # 0 leaves out the momentum's slots; None is `momentum`
     litert_batch: int | None = None  # images of a training step; None is the batch size
     litert_frozen: str = "float32"  # float32, float16, int8
     resume: bool = False
     select_only: bool = False
     prepare_only: bool = False
+    clear_cache: bool = False
     list_layers: bool = False
     debug: bool = False

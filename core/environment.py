@@ -1,17 +1,17 @@
-"""The process's environment. Every entry point imports this before TensorFlow.
+"""The process's environment. Every entry point imports this module before TensorFlow.
 
-Importing it sets environment variables only (a user's own values win), so it
-costs nothing and works wherever TensorFlow hasn't been imported yet:
+Importing it only sets environment variables, unless the user has set them:
 
-* ``TF_CPU_ALLOCATOR_USE_BFC`` gives the CPU the counting allocator that a GPU
-  has; without it the peak memory of a CPU can't be read at all.
-* ``TF_CPP_MIN_LOG_LEVEL`` and ``GRPC_VERBOSITY`` keep the start-up notes of the
-  native libraries out of logs.
-* ``TF_ENABLE_ONEDNN_OPTS`` switches oneDNN on. On x86 CPUs without AVX512-VNNI,
-  AVX512-BF16 or AMX TensorFlow leaves it off, and the backward pass of
-  convolutions then takes several times longer.
-* ``KERAS_BACKEND``: the tracing and memory code here is written for TensorFlow.
+* `TF_CPU_ALLOCATOR_USE_BFC` selects the counting allocator that GPUs have. Without it the
+  peak memory of a CPU cannot be read.
+* `TF_ENABLE_ONEDNN_OPTS` switches oneDNN on. On x86 CPUs without AVX512-VNNI, AVX512-BF16
+  or AMX, TensorFlow leaves it off, and the backward pass of convolutions takes several
+  times longer.
+* `TF_CPP_MIN_LOG_LEVEL` and `GRPC_VERBOSITY` keep notes of native libraries out of logs.
+* `KERAS_BACKEND` selects TensorFlow.
 """
+
+from __future__ import annotations
 
 import os
 import platform
@@ -27,20 +27,27 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     _ENVIRONMENT["TF_ENABLE_ONEDNN_OPTS"] = "1"
 
 if "tensorflow" in sys.modules:
-    raise ImportError("runtime must be imported before tensorflow: the allocator is chosen when TensorFlow loads")
+    raise ImportError("core.environment must be imported before tensorflow, which chooses its allocator when it loads")
 for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
 
-def seed_everything(seed):
-    """Seeds Python, NumPy and Keras, and makes CPU runs repeatable to the last bit.
+def num_workers() -> int:
+    """Returns the number of processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
-    On a GPU the kernels' own order of summation stays as it is: determinism
-    there costs much time, and some operations have no deterministic kernel.
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and Keras, and makes runs on a CPU repeatable to the last bit.
+
+    On a GPU, determinism would cost much time, and some operations have no deterministic
+    kernel.
 
     Args:
-        seed: int. Seed of initial weights, dropout, and everything else that
-            draws from Keras's global generator.
+        seed: int. Seed of initial weights, dropout, and everything else that draws from
+            Keras' global generator.
     """
     import keras
     import tensorflow as tf
@@ -50,15 +57,15 @@ def seed_everything(seed):
         tf.config.experimental.enable_op_determinism()
 
 
-def device():
-    """Returns the name of the device that the framework computes on, e.g. ``CPU:0``."""
+def device() -> str:
+    """Returns the name of the device that TensorFlow computes on, e.g. `CPU:0`."""
     import tensorflow as tf
 
     return "GPU:0" if tf.config.list_physical_devices("GPU") else "CPU:0"
 
 
-def device_facts():
-    """Returns a dict with the device's name, the thread counts and the use of oneDNN, for config.json."""
+def device_facts() -> dict:
+    """Returns the device's name, the thread counts and the use of oneDNN, for config.json."""
     import tensorflow as tf
     from tensorflow.python.util import _pywrap_util_port
 
@@ -75,12 +82,11 @@ def device_facts():
     return facts
 
 
-def load_tensorflow():
-    """Imports TensorFlow and finds the devices, without the native libraries' start-up notes.
+def load_tensorflow() -> None:
+    """Imports TensorFlow and finds the devices, without the notes of native libraries.
 
-    Those notes are written before any setting for them is read, straight to the
-    process's standard error: the only place to stop them. A failure is raised
-    as the exception that it is.
+    These notes are written to the standard error of the process before any setting for
+    them is read. Exceptions are raised as usual.
     """
     import absl.logging
 

@@ -2,10 +2,9 @@
 
 
 class UsageError(Exception):
-    """Wrong use or bad input: exit code 2, found before anything is written.
+    """Wrong use or bad input: exit code 2, raised before anything is written.
 
-    The message names the rule, what was received, and what to do about it, in
-    one line.
+    The message is one line: the rule, what was received, and what to do.
     """
 
 

@@ -1,36 +1,34 @@
 """Files that are complete or absent: written beside their name, flushed to disk, then renamed."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
 
 CHECKPOINTS = "checkpoint"  # folder of the checkpoints inside a run folder
 PARTIAL = ".partial-"  # prefix of the names of files that are still being written
 
 
-def write_whole(path, text):
-    """Writes a text file so that a reader finds the old content or the new, never a part.
-
-    Args:
-        path: pathlib.Path.
-        text: str.
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file, so that a reader finds the old content or the new, never a part.
 
     Raises:
-        OSError: as the system has it; the old content stays.
+        OSError: if the file cannot be written. The old content stays.
     """
     with whole_file(path) as file:
         file.write(text.encode())
 
 
 @contextlib.contextmanager
-def whole_file(path):
-    """Gives a binary file to write that takes its name when it is whole and on the disk.
-
-    Args:
-        path: pathlib.Path.
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a binary file that receives the name `path` once it is complete and on the disk.
 
     Raises:
-        OSError: as the system has it; what had the name before stays.
+        OSError: if the file cannot be written. A file that had the name before stays.
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{PARTIAL}{path.name}.")
     try:
@@ -46,7 +44,7 @@ def whole_file(path):
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # without which a power cut may undo the renaming
+        os.fsync(folder)  # a power cut could undo the renaming otherwise
     finally:
         os.close(folder)
 

@@ -1,8 +1,9 @@
-"""Finds out within seconds whether a download can work at all.
+"""Checks within seconds whether the host of a download answers.
 
-TFDS and Keras retry an unreachable host for minutes. One short request
-beforehand tells the same in seconds.
+TFDS and Keras retry an unreachable host for minutes.
 """
+
+from __future__ import annotations
 
 import threading
 import urllib.error
@@ -11,18 +12,14 @@ import urllib.request
 PROBE_TIMEOUT_S = 8.0
 
 
-def unreachable(url):
-    """Returns why `url`'s host can't be reached, or None where it answers.
+def unreachable(url: str) -> str | None:
+    """Returns why the host of `url` cannot be reached, or None if it answers.
 
-    Any HTTP answer counts as reached, an error status too: it is the download
-    itself that has to judge that. Proxies from the environment are used.
-
-    Args:
-        url: str. The address that will be downloaded.
+    Any HTTP answer counts, an error status too: the download itself has to handle that.
+    Proxies from the environment are used.
     """
     outcome = [f"no answer within {PROBE_TIMEOUT_S:.0f} s"]
-    # A socket's timeout bounds neither the name look-up nor the sum over a
-    # host's addresses, so the bound is on the thread.
+    # A socket's timeout does not bound the name look-up or the sum over a host's addresses.
     prober = threading.Thread(target=_probe, args=(url, outcome), daemon=True)
     prober.start()
     prober.join(PROBE_TIMEOUT_S)

@@ -1,42 +1,44 @@
-"""SIGINT and SIGTERM: where they break in, and where they have to wait.
+"""SIGINT and SIGTERM: when they raise, and when they wait.
 
-Between `hold` and `release` a signal is only noted, and `check`, called between
-training steps, raises it: a state that is to be saved must not be torn in the
-middle of a step. Anywhere else it raises at once, as the exception that stands
-for it.
+Between `hold` and `release` a signal is only recorded, and `check`, which is
+called between training steps, raises it: a checkpoint must not be torn in the
+middle of a step. At any other time a signal raises at once.
 """
+
+from __future__ import annotations
 
 import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived."""
+    """SIGTERM has arrived."""
 
 
 EXCEPTIONS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 _held = False
-_pending = None  # the first signal that came
+_pending: int | None = None  # the first signal that arrived
 
 
 @contextlib.contextmanager
-def handled():
-    """Lets the two signals raise, or wait, while the context lasts. A second SIGINT ends the process at once.
+def handled() -> Iterator[None]:
+    """Handles the two signals within the context. A second SIGINT ends the process at once.
 
-    Python runs its handlers between two bytecodes only, and a long operation of
-    TensorFlow is within one. So the second SIGINT is seen by a thread, through the
-    pipe into which the system's own handler writes.
+    Python runs its handlers only between two bytecodes, and a long operation of
+    TensorFlow is within one. So a thread watches for the second SIGINT, through the
+    pipe that the interpreter's own C handler writes to.
     """
     global _held, _pending
     _held, _pending = False, None
     if threading.current_thread() is not threading.main_thread():
-        yield  # whoever runs us here handles signals
+        yield  # only the main thread can handle signals
         return
-    # What is ignored stays ignored: so a shell starts its background jobs.
+    # A signal that is ignored stays ignored: a shell starts its background jobs so.
     signals = [signum for signum in EXCEPTIONS if signal.getsignal(signum) is not signal.SIG_IGN]
-    before = {signum: signal.signal(signum, _arrived) for signum in signals}
+    before = {signum: signal.signal(signum, _on_signal) for signum in signals}
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     wakeup_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -45,36 +47,36 @@ def handled():
         yield
     finally:
         signal.set_wakeup_fd(wakeup_before)
-        os.close(writing)  # which ends the thread
+        os.close(writing)  # ends the thread
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
 
-def hold():
-    """Lets signals wait from here on."""
+def hold() -> None:
+    """Makes signals wait from now on."""
     global _held
     _held = True
 
 
-def release():
-    """Lets signals raise again, and raises the one that waits."""
+def release() -> None:
+    """Makes signals raise again, and raises the one that has arrived."""
     global _held
     _held = False
     check()
 
 
-def pending():
-    """Says whether a signal has arrived."""
+def pending() -> bool:
+    """Returns whether a signal has arrived."""
     return _pending is not None
 
 
-def check():
+def check() -> None:
     """Raises the signal that has arrived, if one has."""
-    if pending():
-        raise EXCEPTIONS[_pending]
+    if _pending is not None:
+        raise EXCEPTIONS[signal.Signals(_pending)]
 
 
-def _arrived(signum, frame):
+def _on_signal(signum, frame):
     global _pending
     _pending = _pending or signum
     if not _held:

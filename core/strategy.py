@@ -1,32 +1,35 @@
-"""Training on several devices of one machine: the strategy, and what it needs to compute the same.
+"""Training on several devices of one machine: the strategy, and what it needs for equal results.
 
-Model.fit splits each global batch over the devices and sums their gradients.
-What stays as on one device: the data and their order, the losses (to rounding),
-the clipping (of the summed gradient). What can't: dropout's draws, and batch
-statistics, which each device takes of its own part.
+`Model.fit` splits each global batch over the devices and sums their gradients.
+The data and their order, the losses (to rounding) and the clipping of the summed
+gradient are as on one device. Dropout's draws and batch statistics are not: each
+device has its own.
 """
+
+from __future__ import annotations
 
 import contextlib
 
+from core.config import Config
 from core.errors import UsageError
 
 STRATEGIES = ("none", "mirrored", "multi_worker_mirrored")
 
 
-def check(cfg, reselects):
-    """Refuses what the pinned Keras can't do.
+def check(cfg: Config, reselects: bool) -> None:
+    """Checks that the pinned Keras can train under the strategy.
 
     Its `fit` fails under MultiWorkerMirroredStrategy in two places: building the
-    metrics reduces a batch that has one value a worker, and every step takes
-    the mean of its scalar metrics along axis 0. tests/test_strategy.py has the
-    minimal case, which fails on the day that this is mended.
+    metrics reduces a batch that has one value per worker, and every step takes the
+    mean of its scalar metrics along axis 0. tests/test_strategy.py holds the minimal
+    case and fails once Keras has fixed it.
 
     Args:
         cfg: Config. Reads strategy, train_type and memory_budget_mb.
-        reselects: bool. The scheme selects anew while it trains.
+        reselects: bool. Whether the scheme selects again while it trains.
 
     Raises:
-        UsageError: a strategy that can't work.
+        UsageError: if the strategy cannot work.
     """
     if cfg.strategy == "multi_worker_mirrored":
         raise UsageError(
@@ -36,21 +39,21 @@ def check(cfg, reselects):
         )
     if cfg.strategy != "none" and reselects:
         raise UsageError(
-            f"--strategy goes with schemes that select once. Received: {cfg.train_type}, which selects anew every "
+            f"--strategy goes with schemes that select once. Received: {cfg.train_type}, which selects again every "
             "--interval epochs; leave out --strategy."
         )
     if cfg.strategy != "none" and cfg.memory_budget_mb is not None:
         raise UsageError(
-            "--memory_budget_mb is of one device's training step. Received: --strategy mirrored with "
+            "--memory_budget_mb applies to a training step on one device. Received: --strategy mirrored with "
             f"--memory_budget_mb {cfg.memory_budget_mb:g}; leave out one of them."
         )
 
 
-def make(cfg):
+def make(cfg: Config):
     """Returns the tf.distribute.Strategy of `cfg`, or None for one device.
 
     Raises:
-        UsageError: there are no several devices.
+        UsageError: if the machine has only one device.
     """
     if cfg.strategy == "none":
         return None
@@ -60,51 +63,53 @@ def make(cfg):
     devices = [f"{kind}:{number}" for number in range(len(tf.config.list_logical_devices(kind)))]
     if len(devices) < 2:
         raise UsageError(
-            f"--strategy mirrored needs at least two devices. Received: a machine with {devices[0]} alone; leave out "
+            f"--strategy mirrored needs at least two devices. Received: a machine with only {devices[0]}; leave out "
             "--strategy."
         )
     return tf.distribute.MirroredStrategy(devices)
 
 
-def check_batches(strategy, batch_size, split_sizes):
-    """Raises UsageError where the devices can't share out the images.
+def check_batches(strategy, batch_size: int, split_sizes: dict) -> None:
+    """Checks that the devices can share the images evenly.
 
     Args:
         strategy: tf.distribute.Strategy or None.
         batch_size: int. Images of a training batch.
-        split_sizes: dict from a split's name to its number of images.
+        split_sizes: dict from the name of a split to its number of images.
+
+    Raises:
+        UsageError: if they cannot.
     """
     if strategy is None:
         return
     devices = strategy.num_replicas_in_sync
     if batch_size % devices:
         raise UsageError(
-            f"--batch_size must be a multiple of the {devices} devices. Received: batches of {batch_size} images; choose "
-            "a multiple."
+            f"--batch_size must be a multiple of the {devices} devices. Received: {batch_size}; choose a multiple."
         )
     for split in ("validation", "test"):
         if split_sizes[split] and _even_batch_size(split_sizes[split], batch_size, devices) is None:
             raise UsageError(
-                f"--strategy mirrored must be able to share out the images over {devices} devices. Received: "
+                f"--strategy mirrored must be able to share the images over {devices} devices. Received: "
                 f"{split_sizes[split]} {split} images; change --limit_test or --batch_size."
             )
 
 
-def even_batches(strategy, batches, images, batch_size):
-    """Returns batches for evaluation of which every device gets a part.
+def even_batches(strategy, batches, num_images: int, batch_size: int):
+    """Returns batches for evaluation that give every device at least one image.
 
-    A device with no image at all fails: some operations refuse empty batches.
+    Some operations fail on an empty batch.
 
     Args:
         strategy: tf.distribute.Strategy.
         batches: tf.data.Dataset of batches.
-        images: int. How many images there are.
-        batch_size: int. At most so many a batch.
+        num_images: int. Images in all batches together.
+        batch_size: int. The largest batch.
     """
     if strategy.num_replicas_in_sync == 1:
         return batches
-    size = _even_batch_size(images, batch_size, strategy.num_replicas_in_sync)
-    count = -(-images // size)
+    size = _even_batch_size(num_images, batch_size, strategy.num_replicas_in_sync)
+    count = -(-num_images // size)
     return batches.unbatch().batch(size).apply(_cardinality(count))
 
 
@@ -115,9 +120,9 @@ def _cardinality(count):
 
 
 def _even_batch_size(images, batch_size, devices):
-    """Returns the largest multiple of `devices` whose last batch reaches the last device too, or None.
+    """Returns the largest multiple of `devices` whose last batch reaches the last device, or None.
 
-    The first batch is a full one: Keras averages it over the devices, which takes equal parts.
+    The first batch must be full: Keras averages it over the devices, which needs equal parts.
     """
     for size in range(min(batch_size, images) // devices * devices, 0, -devices):
         last = images % size
@@ -127,15 +132,15 @@ def _even_batch_size(images, batch_size, devices):
 
 
 def scope(strategy):
-    """Returns the context in which a network has to be built."""
+    """Returns the context in which the network must be built."""
     return strategy.scope() if strategy else contextlib.nullcontext()
 
 
 def clip_the_sum(optimizer):
-    """Lets an optimizer sum the devices' gradients before it clips them, rather than after.
+    """Makes an optimizer sum the devices' gradients before it clips them.
 
-    Keras clips each device's part by itself: with a global norm of 1, two
-    devices would take steps of up to 2.
+    Keras clips each device's part: with a global norm of 1, two devices would take
+    steps with a norm of up to 2.
     """
     import tensorflow as tf
 
@@ -145,5 +150,5 @@ def clip_the_sum(optimizer):
         return clip(tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, gradients))
 
     optimizer._clip_gradients = sum_and_clip
-    optimizer._all_reduce_sum_gradients = lambda pairs: pairs  # they are summed by now
+    optimizer._all_reduce_sum_gradients = lambda pairs: pairs  # already summed
     return optimizer

@@ -1,32 +1,38 @@
-"""Data sets: the table of those we know, and `load`, which makes any of them ready to train on.
+"""Data sets: the table of known ones, and `load`.
 
-Importing this package is quick: TensorFlow and TFDS are imported by the
-modules that need them, when `load` is called.
+TensorFlow and TFDS are imported only when `load` is called.
 """
+
+from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from core.config import Config
 from core.errors import UsageError
+
+if TYPE_CHECKING:
+    from data.source import Source
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """One row of the table: what depends on the data set.
+    """One row of the table: the properties of a data set.
 
     Attributes:
         help: str. One line for `--help`.
         tfds: str or None. Pinned TFDS `name:version`; None for a folder of images.
         input_size: int. Default side of the square input, in pixels.
         num_epochs: int. Default number of training epochs.
-        train, validation, test: str. Names of the splits; a name that the set
-            doesn't have is a split that it doesn't have.
+        train, validation, test: str. Names of the splits. The set may lack some.
         flip: bool. Whether training mirrors images at random.
-        rotation: float. Training turns an image by up to this fraction of a full
-            turn, either way.
-        needs: tuple of (module, package) pairs that TFDS needs to prepare this set
-            and doesn't install itself.
+        rotation: float. The largest random rotation in training, as a fraction of a full
+            turn.
+        needs: tuple of (module, package) pairs that TFDS needs to prepare this set and
+            does not install.
     """
 
     help: str
@@ -42,8 +48,7 @@ class Dataset:
 
 
 DATASETS = {
-    # A mirrored digit is no digit, and a 6 turned far enough is a 9: no flip,
-    # and a turn of at most 18 degrees.
+    # A mirrored digit is not a digit, and a rotated 6 is a 9: no flip, and at most 18 degrees.
     "digits": Dataset(
         "1,797 handwritten digits, 10 classes, 8x8 grey; ships with scikit-learn, no download",
         "digits:1.0.0",
@@ -57,19 +62,12 @@ DATASETS = {
         "caltech_birds2011:0.2.0",
         needs=(("cv2", "opencv-python-headless"), ("scipy", "scipy")),
     ),
-    "oxford_iiit_pet": Dataset(
-        "7,349 photos of cats and dogs, 37 breeds (0.8 GB)",
-        "oxford_iiit_pet:4.0.0",
-    ),
+    "oxford_iiit_pet": Dataset("7,349 photos of cats and dogs, 37 breeds (0.8 GB)", "oxford_iiit_pet:4.0.0"),
     "stanford_dogs": Dataset(
-        "20,580 photos of dogs, 120 breeds (0.8 GB)",
-        "stanford_dogs:0.2.0",
-        needs=(("scipy", "scipy"),),
+        "20,580 photos of dogs, 120 breeds (0.8 GB)", "stanford_dogs:0.2.0", needs=(("scipy", "scipy"),)
     ),
     "flowers102": Dataset(
-        "8,189 photos of flowers, 102 kinds (0.3 GB)",
-        "oxford_flowers102:2.1.1",
-        needs=(("scipy", "scipy"),),
+        "8,189 photos of flowers, 102 kinds (0.3 GB)", "oxford_flowers102:2.1.1", needs=(("scipy", "scipy"),)
     ),
     "image_folder": Dataset("your own images, in the folder that --image_dir names"),
 }
@@ -77,31 +75,35 @@ DATASETS = {
 _OTHER = Dataset("any other TFDS set with an image and a label")
 
 # name, name/config, name:version, name/config:version. Namespaces
-# (huggingface:NAME) are left out: they run code from elsewhere.
+# (huggingface:NAME) are excluded: they run code of others.
 _TFDS_NAME = re.compile(r"(?P<base>[A-Za-z]\w*)(?P<rest>(/[\w.+-]+)?(:[\d.*]+)?)")
 
 
-def dataset_row(name):
+def path_name(name: str) -> str:
+    """Returns a data set's name in a form that can be part of a file name."""
+    return name.replace("/", "-").replace(":", "-")
+
+
+def dataset_row(name: str) -> Dataset:
     """Returns the `Dataset` row of a data set's name.
 
     Args:
-        name: str. A name of the table, or a TFDS name, also with `/config` or
-            `:version`. A TFDS name that the table pins has the table's row; any other
-            has the row of a photo set.
+        name: str. A name of the table, or a TFDS name, possibly with `/config` or
+            `:version`. TFDS names that are not in the table have the row of a photo set.
     """
     base = re.split("[/:]", name)[0]
     by_tfds_name = {row.tfds.split(":")[0]: row for row in DATASETS.values() if row.tfds}
     return DATASETS.get(base) or by_tfds_name.get(base, _OTHER)
 
 
-def tfds_name(name):
-    """Returns the name that TFDS knows a data set by, pinned where the table pins it.
+def tfds_name(name: str) -> str:
+    """Returns TFDS' name of a data set, with the version that the table pins.
 
     Args:
-        name: str. As `--dataset_name` takes it, but not `image_folder`.
+        name: str. A value of `--dataset_name` other than `image_folder`.
 
     Raises:
-        UsageError: `name` is no possible TFDS name.
+        UsageError: if `name` cannot be a TFDS name.
     """
     match = _TFDS_NAME.fullmatch(name)
     if not match or match["base"] == "image_folder":  # which has neither config nor version
@@ -109,19 +111,19 @@ def tfds_name(name):
     pinned = dataset_row(name).tfds
     if pinned is None:
         return name
-    # A config or version of the user's own wins over the pinned version.
+    # A configuration or version that the user gives overrides the pinned version.
     return pinned.split(":")[0] + match["rest"] if match["rest"] else pinned
 
 
-def unknown_name(name, more_names=()):
-    """Returns the UsageError for a data set that isn't there, with the closest names.
+def unknown_name(name: str, more_names: Iterable[str] = ()) -> UsageError:
+    """Returns the UsageError for an unknown data set, with the closest names.
 
     Args:
-        name: str. As received.
-        more_names: iterable of str. Names to suggest beside those of the table.
+        name: str. The name that was received.
+        more_names: iterable of str. Further names to suggest.
     """
     base = re.split("[/:]", name)[0].lower()
-    # "pets" and "flowers" are far from the full names by spelling: look for the word, too.
+    # "pets" and "flowers" are not close to the full names in spelling, but parts of them.
     within = [known for known in DATASETS if len(base) > 2 and base.rstrip("s") in known]
     spelt = difflib.get_close_matches(base, [*DATASETS, *more_names], n=4)
     close = list(dict.fromkeys([*within, *spelt]))
@@ -131,18 +133,16 @@ def unknown_name(name, more_names=()):
     )
 
 
-def prepare(cfg):
-    """Makes the data set of `cfg` ready to be read: downloads and prepares it where needed.
+def prepare(cfg: Config) -> Source:
+    """Downloads and prepares the data set of `cfg` if necessary, and returns it.
 
     Args:
         cfg: Config. Reads `dataset_name`, `data_dir`, `image_dir`, `num_classes`.
 
-    Returns:
-        `data.source.Source`, from which the pipelines read.
-
     Raises:
-        UsageError: wrong name, flags, or folder; class count that contradicts the data.
-        RunError: the data can't be had.
+        UsageError: if the name, the flags or the folder are invalid, or the class count
+            contradicts the data.
+        RunError: if the data are unavailable.
     """
     _check_flags(cfg)
     if cfg.dataset_name == "image_folder":
@@ -152,8 +152,8 @@ def prepare(cfg):
     return module.open_source(cfg)
 
 
-def files_to_fetch(cfg):
-    """Returns [(url, path)]: what `prepare` would download, and where each file can be put by hand.
+def files_to_fetch(cfg: Config) -> list:
+    """Returns [(url, path)] of the files that `prepare` would download, and where each can be saved by hand.
 
     Args:
         cfg: Config. Reads `dataset_name` and `data_dir`.
@@ -165,7 +165,7 @@ def files_to_fetch(cfg):
     return tfds_source.files_to_fetch(cfg)
 
 
-def load(cfg):
+def load(cfg: Config):
     """Returns the `data.pipeline.Data` of `cfg`: splits, classes and batches.
 
     Args:
@@ -174,8 +174,9 @@ def load(cfg):
             `augment`, `seed` and `skip_bad_images`.
 
     Raises:
-        UsageError: wrong name, flags, or folder; bad image files; class count that contradicts the data.
-        RunError: the data can't be had.
+        UsageError: if the name, the flags, the folder or its images are invalid, or the
+            class count contradicts the data.
+        RunError: if the data are unavailable.
     """
     source = prepare(cfg)
     from data import pipeline
@@ -186,16 +187,16 @@ def load(cfg):
 def _check_flags(cfg):
     if cfg.dataset_name == "image_folder" and not cfg.image_dir:
         raise UsageError(
-            "--dataset_name image_folder needs a folder of images. Received no --image_dir; add --image_dir FOLDER."
+            "--dataset_name image_folder needs a folder of images. Received: no --image_dir; add --image_dir FOLDER."
         )
     if cfg.dataset_name != "image_folder" and cfg.image_dir:
         raise UsageError(
-            f"--image_dir goes with --dataset_name image_folder only. Received: "
+            f"--image_dir needs --dataset_name image_folder. Received: "
             f"--dataset_name {cfg.dataset_name}; change it, or leave out --image_dir."
         )
     if cfg.dataset_name != "image_folder" and cfg.skip_bad_images:
         raise UsageError(
-            f"--skip_bad_images goes with --dataset_name image_folder only. Received: "
+            f"--skip_bad_images needs --dataset_name image_folder. Received: "
             f"--dataset_name {cfg.dataset_name}; change it, or leave out --skip_bad_images."
         )
     for flag in ("limit_train", "limit_test"):

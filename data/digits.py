@@ -1,5 +1,7 @@
 """scikit-learn's handwritten digits as a TFDS data set: real images without a download."""
 
+from typing import ClassVar
+
 import numpy as np
 import tensorflow_datasets as tfds
 
@@ -11,7 +13,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     """1,797 grey images of 8x8 pixels, 10 classes, split into 1,437 train and 360 test."""
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Stratified split, fixed for good."}
+    RELEASE_NOTES: ClassVar = {"1.0.0": "Stratified split, fixed for good."}
 
     def _info(self):
         return tfds.core.DatasetInfo(
@@ -42,10 +44,4 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         digits = load_digits()
         grey = np.rint(digits.images * (255 / _BRIGHTEST)).astype(np.uint8)  # (1797, 8, 8)
         for position in positions.tolist():
-            yield (
-                position,
-                {
-                    "image": grey[position][:, :, None],
-                    "label": int(digits.target[position]),
-                },
-            )
+            yield (position, {"image": grey[position][:, :, None], "label": int(digits.target[position])})

@@ -1,5 +1,7 @@
 """Images in folders, one folder per class."""
 
+from __future__ import annotations
+
 import hashlib
 import logging
 import os
@@ -8,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
+from core.config import Config
 from core.errors import UsageError
 from data.image_files import SUFFIXES, printable
 from data.source import Source, check_num_classes
@@ -17,26 +20,22 @@ log = logging.getLogger("adabet")
 SPLITS = ("train", "validation", "test")
 
 
-def open_source(cfg):
+def open_source(cfg: Config) -> Source:
     """Indexes the folder `cfg.image_dir`.
 
-    Either `train/CLASS/` with `test/CLASS/` or `validation/CLASS/` or both, or only
-    `CLASS/`. Images lie directly in the class folders. Classes are sorted by name.
-    Names that start with a dot are ignored, and so are files of other types and
-    folders in class folders; the log counts them. Links are followed, to folders and
-    to files. Whether a file is an image that can be read is checked where it is known
-    which ones a run reads, see `image_files.without_bad_images`.
+    It holds `train/CLASS/` with `test/CLASS/` or `validation/CLASS/` or both, or only
+    `CLASS/`. Images are directly in the class folders. Classes are sorted by name.
+    Names that start with a dot, files of other types and folders in class folders are
+    ignored; the log counts them. Links to folders and files are followed.
+    `image_files.without_bad_images` checks the images that a run reads.
 
     Args:
         cfg: Config. Reads `image_dir` and `num_classes`.
 
-    Returns:
-        `Source`.
-
     Raises:
-        UsageError: no such folder, or one that can't be read, fewer than two classes, a
-            class without images, a name that is no Unicode, a test class that isn't
-            trained, or a contradicting `num_classes`.
+        UsageError: if the folder is missing or unreadable, has fewer than two classes, a
+            class without images, a name that is not Unicode, or a test class that is not
+            trained, or if `num_classes` contradicts it.
     """
     root = Path(cfg.image_dir).expanduser()
     if not root.is_dir():
@@ -58,7 +57,7 @@ def open_source(cfg):
         raise _error(
             "must hold at least two class folders",
             f"{split_roots['train']} with {len(class_names)}",
-            "put each class's images into a folder of its own",
+            "put the images of each class into a folder of its own",
         )
     check_num_classes(cfg, len(class_names))
 
@@ -70,7 +69,7 @@ def open_source(cfg):
     def read(split, positions):
         paths, labels = index[split]
         positions = np.asarray(positions, np.int64)
-        # As bytes: a file's name need not be Unicode.
+        # As bytes, because a file's name need not be Unicode.
         names = np.array([os.fsencode(path) for path in paths], dtype=object)
         rows = (positions, names[positions], labels[positions])
         return tf.data.Dataset.from_tensor_slices(rows).map(
@@ -96,8 +95,8 @@ def open_source(cfg):
 def _index(split_root, class_names, may_lack_classes):
     """Returns (list of path strings, int64 array of labels), in the order of a hash of the path.
 
-    By path, all images of a class would follow each other, and a shuffle buffer smaller
-    than the data would never mix the classes.
+    In the order of paths all images of a class would be consecutive, and a shuffle buffer
+    smaller than the data would not mix the classes.
     """
     unknown = sorted(set(_folders(split_root)) - set(class_names))
     if unknown:
@@ -134,13 +133,13 @@ def _index(split_root, class_names, may_lack_classes):
 def _folders(root):
     names = sorted(entry.name for entry in _entries(root) if entry.is_dir() and not entry.name.startswith("."))
     for name in names:
-        if name != printable(name):  # it couldn't be written into the run folder
+        if name != printable(name):  # the run folder holds the name as Unicode
             raise _error("must have class folders with Unicode names", printable(str(root / name)), "rename it")
     return names
 
 
 def _images(folder):
-    """Returns (files with an image's suffix, whatever they hold; number of other entries)."""
+    """Returns (files with the suffix of an image; number of other entries)."""
     entries = _entries(folder)
     images = [
         entry

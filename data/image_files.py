@@ -1,36 +1,47 @@
-"""Image files of unknown origin: what each format declares, whether a file is good, and its pixels.
+"""Image files of unknown origin: whether training can read a file, and its pixels.
 
-A file is believed in nothing: its format is read from its first bytes, whatever
-it is called, and its size from its header, before anything is decoded. What
-passes is then decoded once by the same function that training uses, so that a
-run never meets an image that it can't read.
+Pillow determines the format from the content, whatever the file is called, and the size
+from the header, before anything is decoded. An image that passes is decoded once by
+the function that training uses: the two libraries accept different files, and a run
+must not meet an image that it cannot read.
 """
 
+from __future__ import annotations
+
+import io
 import logging
 import os
-import struct
+import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
+from PIL import Image, WebPImagePlugin  # noqa: F401  registers WebP
 from tqdm import tqdm
 
+from core.config import Config
 from core.errors import UsageError
+from data.source import Source
 
 log = logging.getLogger("adabet")
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
-# Of all frames together, since the decoders of animations unpack them all. As RGB
-# that is 300 MB, a third of what a small device has.
-MAX_PIXELS = 10**8
-MAX_FILE_BYTES = 2**29  # such an image as a 32-bit BMP, and room to spare
-_MOST_NAMED = 3  # bad files that an error names
-_MOST_LOGGED = 20  # and that the log does; the run folder has all
+MAX_PIXELS = 10**8  # of all frames that a decoder unpacks together; 300 MB as RGB
+MAX_FILE_BYTES = 2**29  # more than such an image takes as a 32-bit BMP
+_MOST_NAMED = 3  # bad files in an error message
+_MOST_LOGGED = 20  # bad files in the log; the run folder lists all
+
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
+_BMP_MODES = ("BGR", "BGRX", "BGRA", "L")  # those that TensorFlow reads as they are
+
+# Above twice this size Pillow raises an error, also before it allocates a frame.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
 
 
 def decode(encoded):
-    """Decodes one image, the first frame of an animation.
+    """Decodes an image, or the first frame of an animation.
 
     Args:
         encoded: string tensor of shape (). JPEG, PNG, BMP, GIF or WebP.
@@ -40,9 +51,9 @@ def decode(encoded):
         become RGB, 16 bits become 8, transparency is dropped.
 
     Raises:
-        tf.errors.InvalidArgumentError: it is none of these, or damaged.
+        tf.errors.InvalidArgumentError: if it is none of these, or damaged.
     """
-    # Its own operation: decode_image refuses transparent and animated WebP.
+    # decode_image refuses transparent and animated WebP.
     image = tf.cond(
         tf.strings.substr(encoded, 8, 4) == b"WEBP",
         lambda: tf.io.decode_webp(_with_alpha_if_animated(encoded), channels=0)[0, :, :, :3],
@@ -53,10 +64,10 @@ def decode(encoded):
 
 
 def _with_alpha_if_animated(encoded):
-    """Returns a WebP image whose header, if it is animated, says that it has transparency.
+    """Returns a WebP image whose header declares transparency if it is animated.
 
-    Frames are always unpacked as RGBA, but of an opaque animation TensorFlow takes
-    them for RGB, and gives noise.
+    Frames are always unpacked as RGBA, but TensorFlow reads those of an opaque animation
+    as RGB, which gives noise.
     """
     flags = tf.io.decode_raw(tf.strings.substr(encoded, 20, 1), tf.uint8)[0]
     return tf.cond(
@@ -72,183 +83,107 @@ def _with_alpha_if_animated(encoded):
     )
 
 
-def problem(path):
-    """Returns what is wrong with an image file, in a few words; None where nothing is.
-
-    Args:
-        path: str.
-    """
+def problem(path: str) -> str | None:
+    """Returns what is wrong with an image file, in a few words, or None if training can read it."""
     try:
-        if not os.path.isfile(path):  # a pipe would block, a broken link has nothing
-            return "a link to nothing" if os.path.islink(path) else "no regular file"
+        if not os.path.isfile(path):  # a pipe would block
+            return "a link to nothing" if os.path.islink(path) else "not a regular file"
         if os.path.getsize(path) > MAX_FILE_BYTES:
             return f"larger than {MAX_FILE_BYTES} bytes"
         content = Path(path).read_bytes()
     except OSError as error:
-        return f"can't be read: {error.strerror}"
+        return f"cannot be read: {error.strerror}"
     try:
         pixels = declared_pixels(content)
     except ValueError as error:
         return str(error)
-    except (struct.error, IndexError):
-        return "cut short in its header"
     if pixels > MAX_PIXELS:
         return f"declares {pixels} pixels, more than {MAX_PIXELS}"
     try:
         decode(content)
     except tf.errors.InvalidArgumentError:
-        return "cut short or damaged"
+        return "truncated or damaged"
     return None
 
 
-def declared_pixels(content):
-    """Returns how many pixels an encoded image says that it has, all frames together.
-
-    Args:
-        content: bytes.
+def declared_pixels(content: bytes) -> int:
+    """Returns the number of pixels that an encoded image declares, of all frames that a decoder unpacks.
 
     Raises:
-        ValueError: the content is no image that `decode` reads right.
-        struct.error, IndexError: it ends within its header.
+        ValueError: if the content is not an image that `decode` reads correctly.
     """
     if not content:
         raise ValueError("empty")
-    for beginning, pixels in _FORMATS.items():
-        if content.startswith(beginning):
-            return pixels(content)
-    raise ValueError("no JPEG, PNG, BMP, GIF or WebP image")
+    try:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+            if image.format == "BMP":
+                _check_bmp(image, content)
+            return _unpacked_pixels(image)
+    except Image.DecompressionBombError as error:
+        return int(re.search(r"\((\d+) pixels\)", str(error))[1])
+    except Image.UnidentifiedImageError:
+        raise ValueError("not a JPEG, PNG, BMP, GIF or WebP image, or its header is damaged") from None
+    except _Unsupported:
+        raise
+    except Exception as error:  # Pillow's readers raise many types for damaged files
+        raise ValueError(f"truncated or damaged ({error})") from None
 
 
-def _jpeg_pixels(content):
-    place = 2
-    while True:  # over the segments, up to the one that describes the frame
-        if content[place] != 0xFF:
-            raise ValueError("a JPEG with damaged segments")
-        marker = content[place + 1]
-        if marker == 0xFF:  # fill byte
-            place += 1
-            continue
-        if marker in (0xD9, 0xDA):  # end of image, start of scan
-            raise ValueError("a JPEG without a frame header")
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # tables share that range
-            height, width = struct.unpack_from(">HH", content, place + 5)
+class _Unsupported(ValueError):
+    """An intact image that TensorFlow would read wrongly."""
+
+
+def _check_bmp(image, content):
+    decoder, _, _, (raw_mode, *_) = image.tile[0]
+    has_old_header = int.from_bytes(content[14:18], "little") < 40
+    if has_old_header or decoder != "raw" or raw_mode not in _BMP_MODES:
+        raise _Unsupported("a BMP with a palette, unusual masks, compression or an old header: save it as PNG")
+
+
+def _unpacked_pixels(image):
+    pixels = image.width * image.height
+    if image.format == "WEBP":
+        return pixels * image.n_frames  # each frame is drawn on a canvas of its own
+    if image.format != "GIF":
+        return pixels  # of an animated PNG, only the first frame is unpacked
+    in_frames = 0
+    for frame in range(image.n_frames):
+        image.seek(frame)
+        left, top, right, bottom = image.tile[0].extents  # a frame may cover a part of the canvas
+        in_frames += (right - left) * (bottom - top)
+        if in_frames > MAX_PIXELS:
             break
-        if marker == 0x01 or 0xD0 <= marker <= 0xD8:  # these have no length
-            place += 2
-        else:
-            place += 2 + struct.unpack_from(">H", content, place + 2)[0]
-    if content.rfind(b"\xff\xd9", place) < 0:
-        raise ValueError("a JPEG that is cut short")
-    return width * height
+    return max(pixels, in_frames)
 
 
-def _png_pixels(content):
-    width, height = struct.unpack_from(">II", content, 16)
-    return width * height
+def without_bad_images(source: Source, parts: dict, cfg: Config) -> tuple[dict, list | None]:
+    """Checks every image file that a run will read, and leaves out the bad ones if `--skip_bad_images` is set.
 
-
-def _bmp_pixels(content):
-    (header,) = struct.unpack_from("<I", content, 14)
-    if header < 40:
-        raise ValueError("a BMP of a kind older than 1990")
-    width, height, _, bits, compression = struct.unpack_from("<iiHHI", content, 18)
-    (colours,) = struct.unpack_from("<I", content, 46)
-    start = 14 + header
-    # Read as they are, without palette or masks: others would have wrong colours.
-    if bits == 8 and compression == 0:
-        colours = colours or 256
-        palette = content[start : start + 4 * colours]
-        if palette[::4] != bytes(range(min(colours, 256))) or not palette[::4] == palette[1::4] == palette[2::4]:
-            raise ValueError("a BMP with a colour palette: save it as PNG")
-    elif (bits, compression) == (32, 3):
-        if struct.unpack_from("<III", content, 54) != (0xFF0000, 0xFF00, 0xFF):
-            raise ValueError("a BMP with unusual colour masks: save it as PNG")
-    elif bits not in (24, 32) or compression != 0:
-        raise ValueError(f"a BMP with {bits} bits a pixel or compressed: save it as PNG")
-    return abs(width * height)
-
-
-def _gif_pixels(content):
-    width, height, flags = struct.unpack_from("<HHB", content, 6)
-    place = 13 + _colour_table_bytes(flags)
-    frames = []
-    while place < len(content) and content[place] != 0x3B:
-        if content[place] == 0x2C:  # a frame
-            if place + 9 >= len(content):
-                break
-            frame_width, frame_height, flags = struct.unpack_from("<HHB", content, place + 5)
-            frames.append(frame_width * frame_height)
-            place += 11 + _colour_table_bytes(flags)  # and the code size
-        else:  # an extension
-            place += 2
-        while place < len(content) and content[place]:  # sub-blocks, up to an empty one
-            place += 1 + content[place]
-        place += 1
-    return max(width * height, sum(frames))  # a frame may be larger than the canvas claims
-
-
-def _colour_table_bytes(flags):
-    return 3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0
-
-
-def _webp_pixels(content):
-    if content[8:12] != b"WEBP":
-        raise ValueError("no JPEG, PNG, BMP, GIF or WebP image")
-    kind = content[12:16]
-    if kind == b"VP8 ":
-        width, height = struct.unpack_from("<HH", content, 26)
-        return (width & 0x3FFF) * (height & 0x3FFF)
-    if kind == b"VP8L":
-        (bits,) = struct.unpack_from("<I", content, 21)
-        return ((bits & 0x3FFF) + 1) * ((bits >> 14 & 0x3FFF) + 1)
-    if kind != b"VP8X":
-        raise ValueError("a WebP of an unknown kind")
-    sides = [1 + int.from_bytes(content[place : place + 3], "little") for place in (24, 27)]
-    frames, place = 0, 12
-    while place + 8 <= len(content):  # over the chunks
-        frames += content[place : place + 4] == b"ANMF"
-        length = struct.unpack_from("<I", content, place + 4)[0]
-        place += 8 + length + length % 2
-    return sides[0] * sides[1] * max(1, frames)  # every frame is drawn on a whole canvas
-
-
-# How files begin -> function of their content, see `declared_pixels`.
-_FORMATS = {
-    b"\xff\xd8\xff": _jpeg_pixels,
-    b"\x89PNG\r\n\x1a\n": _png_pixels,
-    b"BM": _bmp_pixels,
-    b"GIF87a": _gif_pixels,
-    b"GIF89a": _gif_pixels,
-    b"RIFF": _webp_pixels,
-}
-
-
-def without_bad_images(source, parts, cfg):
-    """Checks every image file that a run will read, and leaves the bad ones out if that is allowed.
-
-    This comes after the split, so that leaving an image out moves no other one.
+    The check comes after the split, so that no other image changes its part.
 
     Args:
         source: data.source.Source.
-        parts: dict from role to (split name, positions) or None, see `splits.assign`.
+        parts: dict from role to (split name, positions) or None, as `splits.assign`
+            returns it.
         cfg: Config. Reads `skip_bad_images`.
 
     Returns:
         parts: the same, without bad images.
-        skipped: list of {"path": str, "reason": str}, in order of the paths; None
-            for a source that isn't made of files.
+        skipped: list of {"path": str, "reason": str}, in order of the paths, or None for
+            a source that does not consist of files.
 
     Raises:
-        UsageError: an image is bad, and not to be skipped; or a class of the training
-            images, or a part, would be left without any.
+        UsageError: if an image is bad and must not be skipped, or if a class of the
+            training images or a part would be empty.
     """
     if source.files is None:
         return parts, None
     parts = dict(parts)
     skipped = []
-    bar = tqdm(desc="Checking images", unit="image", leave=False, disable=None,
-               total=sum(len(part[1]) for part in parts.values() if part))  # fmt: skip
-    with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+    num_files = sum(len(part[1]) for part in parts.values() if part)
+    bar = tqdm(desc="Checking images", unit="image", leave=False, disable=None, total=num_files)
+    # Pillow warns of large images and of odd metadata, neither of which matters here.
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(os.cpu_count()) as pool, bar:
         for role, part in parts.items():
             if part is None:
                 continue
@@ -266,29 +201,29 @@ def without_bad_images(source, parts, cfg):
     skipped.sort(key=lambda entry: entry["path"])
     if skipped and not cfg.skip_bad_images:
         raise UsageError(
-            f"--image_dir must hold images that can be read. Received: {_listed(skipped, _MOST_NAMED, ', ')}; mend or "
-            "remove them, or leave such files out with --skip_bad_images."
+            f"--image_dir must hold images that can be read. Received: {_listed(skipped, _MOST_NAMED, ', ')}; repair "
+            "or remove them, or leave them out with --skip_bad_images."
         )
     if skipped:
         log.warning("--skip_bad_images leaves out %d images: %s", len(skipped), _listed(skipped, _MOST_LOGGED, "; "))
     return parts, skipped
 
 
-def printable(path):
-    """Returns a path as text that can be written anywhere: bytes that are no UTF-8 become escapes."""
+def printable(path: str) -> str:
+    """Returns a path as valid Unicode: bytes that are not UTF-8 become escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _check_left(source, role, split, before, after):
-    """Raises UsageError where bad images were all of a part, or all of a class in training."""
+    """Raises UsageError if all images of a part, or of a class in training, were bad."""
     labels = source.labels[split]
     lost = np.setdiff1d(labels[before], labels[after]) if role == "train" else []
     if len(after) and not len(lost):
         return
     what = f"the training images of class {source.class_names[lost[0]]}" if len(lost) else f"the {role} images"
     raise UsageError(
-        f"--skip_bad_images must leave an image in every part and every class. Received: no good one among {what}; add "
-        "good images, or raise the --limit_ flag, if one is set."
+        f"--skip_bad_images must leave an image in every part and every class. Received: no readable one among {what}; "
+        "add images, or raise the --limit_ flag if one is set."
     )
 
 

@@ -1,33 +1,35 @@
-"""Who trains, who validates, who tests. Pure NumPy.
+"""Which images train, validate and test. Pure NumPy.
 
-A split depends on the labels, the seed and the limits, and on nothing else.
+A split depends only on the labels, the seed and the limits.
 """
+
+from __future__ import annotations
 
 import numpy as np
 
+from core.config import Config
 from core.errors import UsageError
 
-VALIDATION_SHARE = 0.1  # of train, where the set has no validation split
-TEST_SHARE = 0.2  # of train, where the set has neither test nor validation split
+VALIDATION_SHARE = 0.1  # of train, if the set has no validation split
+TEST_SHARE = 0.2  # of train, if the set has neither a test nor a validation split
 
-# Each draw has random numbers of its own, so that one limit never changes
-# what another draw picks.
+# Each draw has random numbers of its own, so that one limit does not change another draw.
 _DRAWS = {"test": 1, "limit_train": 2, "limit_test": 3, "validation": 4}
 
 
-def stratified_sample(labels, count, rng, spare_one=False):
+def stratified_sample(labels: np.ndarray, count: int, rng: np.random.Generator, spare_one: bool = False) -> np.ndarray:
     """Draws images at random, each class in proportion to its size.
 
-    Image by image, the class furthest below its share is next, so that every
-    class ends within one image of it. Where there are as many images to draw
-    as classes, each class gets at least one; where there are fewer, no class gets two.
+    The class that is furthest below its share gives the next image, so that every class
+    ends within one image of its share. With at least as many images to draw as classes,
+    each class gives at least one; with fewer, no class gives two.
 
     Args:
         labels: int array of shape (images,).
-        count: int. Images to draw. More than there are is all there are.
-        rng: np.random.Generator. Breaks ties, and picks within a class.
-        spare_one: bool. Whether to leave at least one image in each class, and so
-            perhaps draw fewer than `count`.
+        count: int. Images to draw; all if there are fewer.
+        rng: np.random.Generator. Breaks ties, and draws within a class.
+        spare_one: bool. Whether to leave at least one image in each class, which may give
+            fewer than `count`.
 
     Returns:
         Sorted int64 array of positions in `labels`, of shape (drawn,).
@@ -39,7 +41,7 @@ def stratified_sample(labels, count, rng, spare_one=False):
     taken = np.zeros(len(classes), np.int64)
     if not spare_one and count >= len(classes):
         taken += 1
-    order = rng.permutation(len(classes))  # argmax takes the first of equals: shuffle them
+    order = rng.permutation(len(classes))  # argmax returns the first of equals
     while taken.sum() < count:
         missing = np.where(taken < available, share - taken, -np.inf)
         taken[order[np.argmax(missing[order])]] += 1
@@ -47,8 +49,8 @@ def stratified_sample(labels, count, rng, spare_one=False):
     return np.sort(np.concatenate([np.empty(0, np.int64), *drawn]))
 
 
-def assign(labels, names, cfg):
-    """Decides which images train, validate and test.
+def assign(labels: dict, names: tuple, cfg: Config) -> dict:
+    """Assigns images to training, validation and test.
 
     Args:
         labels: dict from split name to int array of shape (images,). A split with a
@@ -61,11 +63,11 @@ def assign(labels, names, cfg):
         positions in that split). `validation` is None under protocol `paper`.
 
     Raises:
-        UsageError: no train split, or too few images to split.
+        UsageError: if no train split, or too few images to split.
     """
-    there = [name for name in names if name in labels and _usable(labels[name])]
+    available = [name for name in names if name in labels and _usable(labels[name])]
     train_name, validation_name, test_name = names
-    if train_name not in there:
+    if train_name not in available:
         raise UsageError(
             f"A data set needs a labelled split named {train_name!r}. Received: "
             f"{cfg.dataset_name} with {', '.join(labels) or 'no split'}; choose another data set."
@@ -88,7 +90,7 @@ def assign(labels, names, cfg):
         own = labels[name][positions]
         count = max(1, round(share * len(positions)))
         out = stratified_sample(own, count, rng(draw), spare_one=True)
-        if not len(out):  # one image per class: some class has to go without
+        if not len(out):  # with one image per class, a class loses it
             out = stratified_sample(own, 1, rng(draw))
         return (name, np.delete(positions, out)), (name, positions[out])
 
@@ -99,11 +101,11 @@ def assign(labels, names, cfg):
         return name, positions[stratified_sample(labels[name][positions], limit, rng(draw))]
 
     train, validation = everything(train_name), None
-    if test_name in there:
+    if test_name in available:
         test = everything(test_name)
-        if validation_name in there:
+        if validation_name in available:
             validation = everything(validation_name)
-    elif validation_name in there:
+    elif validation_name in available:
         test = everything(validation_name)
     else:
         train, test = take_out(train, TEST_SHARE, "test")

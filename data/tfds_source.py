@@ -1,4 +1,6 @@
-"""Data sets of TFDS: found, checked, prepared, and read without decoding."""
+"""Data sets of TFDS, read without decoding their images."""
+
+from __future__ import annotations
 
 import contextlib
 import importlib.util
@@ -16,31 +18,31 @@ import tensorflow_datasets as tfds
 
 import data
 from core import reachability
+from core.config import Config
 from core.errors import RunError, UsageError
 from data import digits  # noqa: F401  (defining the builder registers it with TFDS)
 from data.source import Source, check_num_classes
 
-# One file after the other: positions in a split mean the same image in every pass.
+# Files are read one after the other, so that a position means the same image in every pass.
 _READ_CONFIG = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False, skip_prefetch=True, shuffle_seed=None)
 
-# Its warnings (a set that isn't prepared yet, deprecations within itself) tell users nothing.
+# Its warnings, of sets that are not prepared and of its own deprecations, do not help users.
 logging.getLogger("absl").addFilter(lambda record: "tensorflow_datasets" not in record.pathname)
 
 
-def open_source(cfg):
-    """Prepares a TFDS set where needed and returns it as a `Source`.
+def open_source(cfg: Config) -> Source:
+    """Prepares a TFDS set if necessary and returns it.
 
     Args:
         cfg: Config. Reads `dataset_name`, `data_dir` and `num_classes`.
 
     Raises:
-        UsageError: unknown name, a set without image and label, an unusable
+        UsageError: if unknown name, a set without image and label, an unusable
             `data_dir`, or a contradicting `num_classes`.
-        RunError: the set can't be downloaded or prepared.
+        RunError: if the set cannot be downloaded or prepared.
     """
     builder = find_builder(cfg)
     image_key, label_key = image_and_label(builder.info, cfg.dataset_name)
-    # Before the download: nobody should wait an hour to learn of a wrong flag.
     check_num_classes(cfg, builder.info.features[label_key].num_classes)
     builder = prepare(builder, cfg)
     label_feature = builder.info.features[label_key]
@@ -81,11 +83,11 @@ def open_source(cfg):
     )
 
 
-def find_builder(cfg):
-    """Returns the TFDS builder of `cfg.dataset_name`. Reads no data and needs no network.
+def find_builder(cfg: Config):
+    """Returns the TFDS builder of `cfg.dataset_name`, without reading data or the network.
 
     Raises:
-        UsageError: unknown name, config or version, or an unusable `data_dir`.
+        UsageError: if unknown name, config or version, or an unusable `data_dir`.
     """
     name = data.tfds_name(cfg.dataset_name)
     data_dir = cfg.data_dir and os.path.expanduser(cfg.data_dir)
@@ -93,7 +95,7 @@ def find_builder(cfg):
         _check_data_dir(data_dir)
     try:
         builder = tfds.builder(name, data_dir=data_dir)
-        builder.info  # noqa: B018  (some sets look at their config only now)
+        builder.info  # noqa: B018  (some sets check their configuration here)
         return builder
     except tfds.core.registered.DatasetNotFoundError as error:
         known = tfds.list_builders(with_community_datasets=False)
@@ -103,12 +105,12 @@ def find_builder(cfg):
         configs = ", ".join(cls.builder_configs) or "none"
         versions = ", ".join(str(version) for version in (cls.VERSION, *cls.SUPPORTED_VERSIONS))
         raise UsageError(
-            f"--dataset_name takes NAME/CONFIG:VERSION where TFDS has both: {cls.name} has "
+            f"--dataset_name takes NAME/CONFIG:VERSION as TFDS has them: {cls.name} has "
             f"configs {configs}, versions {versions}. Received: {cfg.dataset_name!r}; "
             "correct the name."
         ) from error
-    except (ImportError, OSError) as error:  # what the set's own code needs isn't installed
-        raise RunError(f"TFDS can't set up {cfg.dataset_name}: {_one_line(error)}") from error
+    except (ImportError, OSError) as error:  # a module that the set's own code needs is missing
+        raise RunError(f"TFDS cannot load the builder of {cfg.dataset_name}: {_one_line(error)}") from error
 
 
 def image_and_label(info, name):
@@ -119,14 +121,14 @@ def image_and_label(info, name):
         name: str. The set's name, for the error.
 
     Raises:
-        UsageError: there is no image, or no single label, to learn.
+        UsageError: if the set has no image or no single class label.
     """
     features = info.features
     for keys in (("image", "label"), info.supervised_keys):
         if not keys or not all(isinstance(key, str) and key in features for key in keys[:2]):
             continue
         image, label = features[keys[0]], features[keys[1]]
-        # Float images are stored as raw bits in a PNG: decoded plainly they are noise.
+        # Float images are stored as the raw bits of a PNG, which decodes to noise.
         is_image = isinstance(image, tfds.features.Image) and image.np_dtype != np.float32
         if is_image and isinstance(label, tfds.features.ClassLabel):
             return keys[0], keys[1]
@@ -137,11 +139,11 @@ def image_and_label(info, name):
 
 
 def prepare(builder, cfg):
-    """Downloads and prepares a set unless it is there already.
+    """Downloads and prepares a set if it is not prepared yet.
 
-    Two processes may do this at once: TFDS prepares into a folder of its own and
-    renames it at the end, so that the second one's rename fails, and it reads what
-    the first prepared.
+    Two processes may do this at the same time: TFDS prepares in a folder of its own and
+    renames it, so that the second rename fails. That process then uses the first one's
+    data.
 
     Args:
         builder: tfds.core.DatasetBuilder.
@@ -151,7 +153,7 @@ def prepare(builder, cfg):
         The builder of the prepared set.
 
     Raises:
-        RunError: a package is missing, a host can't be reached, or TFDS failed.
+        RunError: if a package is missing, a host cannot be reached, or TFDS fails.
     """
     if builder.is_prepared():
         return builder
@@ -159,61 +161,60 @@ def prepare(builder, cfg):
     for module, package in data.dataset_row(name).needs:
         if importlib.util.find_spec(module) is None:
             raise RunError(
-                f"Preparing {name} needs the module {module}, which isn't installed; run: pip install {package}"
+                f"preparing {name} needs the module {module}. Received: it is not installed; run pip install {package}"
             )
     _check_reachable(builder, name)
     if not sys.stderr.isatty():
-        tfds.disable_progress_bar()  # bars wreck log files
-    # TFDS talks on stdout, which is for results; of a set that ships with a library
-    # there is nothing to tell.
-    talk = sys.stderr if builder.url_infos else io.StringIO()
+        tfds.disable_progress_bar()  # progress bars damage log files
+    # TFDS prints on stdout, which is for results. For a set without download its text is dropped.
+    text_out = sys.stderr if builder.url_infos else io.StringIO()
     try:
-        with contextlib.redirect_stdout(talk):
+        with contextlib.redirect_stdout(text_out):
             builder.download_and_prepare(
-                # One road to the data, and no hidden retries on a second host.
+                # No retries on a second host.
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False)
             )
         return builder
     except Exception as error:
-        theirs = find_builder(cfg)
-        if theirs.is_prepared():
-            return theirs
+        prepared = find_builder(cfg)  # perhaps by another process
+        if prepared.is_prepared():
+            return prepared
         raise RunError(
-            f"{name} couldn't be prepared in {builder.data_dir}: {_one_line(error)}; "
-            "mend that, or choose another --data_dir."
+            f"{name} could not be prepared in {builder.data_dir}: {_one_line(error)}; "
+            "solve that, or choose another --data_dir."
         ) from error
 
 
 def _check_reachable(builder, name):
-    """Raises RunError where a file that is still to be downloaded has no reachable host."""
+    """Raises RunError if a file that is still to be downloaded has no reachable host."""
     addresses = {}  # from a file's checksum to the addresses that it is registered at
     for url, info in _missing(builder):
         addresses.setdefault(info.checksum, []).append(url)
     by_host = {urlsplit(url).netloc: url for urls in addresses.values() for url in urls}
     if not by_host:
         return
-    with ThreadPoolExecutor(len(by_host)) as pool:  # at once: the slowest decides
+    with ThreadPoolExecutor(len(by_host)) as pool:
         why = dict(zip(by_host, pool.map(reachability.unreachable, by_host.values())))
-    # A file that moved is registered at its old and new address: one is enough.
+    # A file that has moved is registered at its old and new address. One of them is enough.
     lost = [urls for urls in addresses.values() if all(why[urlsplit(url).netloc] is not None for url in urls)]
-    # TFDS registers the files of all configs and versions of a set together. Of the
-    # sets in the table all are needed; of any other, perhaps only some.
+    # TFDS registers the files of all configurations and versions of a set together. Sets of
+    # the table need all of them, other sets perhaps only some.
     pinned = data.dataset_row(name).tfds is not None
     if lost and (pinned or len(lost) == len(addresses)):
         host = urlsplit(lost[0][0]).netloc
         raise RunError(
-            f"{name} isn't prepared in {builder.data_dir_root} and its host {host} can't be "
-            f"reached ({why[host]}); connect to the network, or point --data_dir to a folder "
+            f"{name} is not prepared in {builder.data_dir_root} and its host {host} cannot be "
+            f"reached ({why[host]}); connect to the network, or set --data_dir to a folder "
             "where the set is prepared."
         )
 
 
 def _missing(builder):
-    """Yields (url, its TFDS description) of what is registered and neither downloaded nor put there by hand."""
+    """Yields (url, TFDS description) of registered files that are neither downloaded nor saved by hand."""
     downloads_dir = Path(builder.data_dir_root) / "downloads"
     for url, info in (builder.url_infos or {}).items():
         file_name = tfds.core.download.resource.get_dl_fname(url, info.checksum)
-        # TFDS takes a file for downloaded when its description lies beside it.
+        # TFDS regards a file as downloaded if its description is beside it.
         there = [
             (folder / f"{file_name}{ending}").exists()
             for folder in (downloads_dir / builder.name, downloads_dir)
@@ -224,8 +225,8 @@ def _missing(builder):
             yield url, info
 
 
-def files_to_fetch(cfg):
-    """Returns [(url, pathlib.Path)]: what is still to be downloaded, and where TFDS takes each file put there by hand."""
+def files_to_fetch(cfg: Config) -> list:
+    """Returns [(url, path)] of the files that are still to be downloaded, and where TFDS looks for each."""
     builder = find_builder(cfg)
     if builder.is_prepared():
         return []
@@ -240,7 +241,7 @@ def _check_data_dir(data_dir):
         existing = existing.parent
     if not existing.is_dir():
         raise UsageError(
-            f"--data_dir must be a folder, or one that can be made. Received: {data_dir} "
+            f"--data_dir must be a folder, or a path where one can be created. Received: {data_dir} "
             f"({existing} is a file); choose another folder."
         )
 
@@ -248,9 +249,7 @@ def _check_data_dir(data_dir):
 def _read_labels(builder, split, label_key):
     """Returns the labels of a split, int64 of shape (images,), without decoding an image."""
     examples = builder.as_dataset(
-        split=split,
-        decoders=tfds.decode.PartialDecoding({label_key: True}),
-        read_config=_READ_CONFIG,
+        split=split, decoders=tfds.decode.PartialDecoding({label_key: True}), read_config=_READ_CONFIG
     )
     parts = [batch[label_key] for batch in examples.batch(4096).as_numpy_iterator()]
     return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)

@@ -41,7 +41,7 @@ def step_of(cfg: Config) -> Step:
     """Returns the step that the flags ask for: the run's own, where no flag of LiteRT differs."""
     return Step(
         batch_size=cfg.litert_batch or cfg.batch_size,
-        momentum=cfg.litert_momentum,
+        momentum=cfg.momentum if cfg.litert_momentum is None else cfg.litert_momentum,
         weight_decay=cfg.weight_decay,
         global_clipnorm=cfg.global_clipnorm,
     )

@@ -1,59 +1,69 @@
 """The longest prefix of a ranking that trains within a number of bytes.
 
-Longer prefixes train more and need more, so a bisection finds the place with
-few traces: the prefix it ends at fits, and the one with the next layer doesn't.
-(Chunk sizes move an estimate by about a per cent, so that a still longer prefix
-might slip under the budget by chance; none is looked for.)
+Longer prefixes need more memory, so that a bisection needs few traces. The prefix that
+it finds fits, and the one with the next layer does not. (The sizes of chunks change an
+estimate by about one percent, so that a longer prefix may fit by chance; the search
+ignores that.)
 """
 
-import logging
+from __future__ import annotations
 
+import logging
+from collections.abc import Collection
+
+from core.config import Config
 from core.errors import UsageError
+from core.units import MB
 from memory import estimate
 from models.compiling import compile_model, make_optimizer
 from models.freezing import freeze
-from selection.ranking import with_first_layers
+from selection.ranking import Selection, with_first_layers
 
 log = logging.getLogger("adabet")
 
-MB = 10**6
 
-
-def check(network, cfg, batch_size):
-    """Refuses a budget in which not even the head could be trained.
+def head_peak_bytes(network, cfg: Config, batch_size: int) -> int:
+    """Returns the estimated peak, in bytes, of training the head alone: the least that any selection needs.
 
     Args:
-        network: models.Network, its policy of batch normalisation set.
+        network: models.Network, its mode of batch normalization set.
         cfg: Config.
-        batch_size: int. Images of a training batch.
-
-    Raises:
-        UsageError: see there.
+        batch_size: int. Images per training batch.
     """
     needed = peak_bytes(network, [weight.path for weight in network.head.weights], cfg, batch_size)
-    # A selection comes next, and some take gradients: they are to find the network as it was.
-    freeze(network, [weight.path for weight in network.trainable_weights])
+    freeze(network, [weight.path for weight in network.trainable_weights])  # a selection may need all gradients
+    return needed
+
+
+def check(cfg: Config, needed: int) -> None:
+    """Checks that the budget allows for training the head.
+
+    Args:
+        cfg: Config. Reads memory_budget_mb.
+        needed: int. Bytes, from `head_peak_bytes`.
+
+    Raises:
+        UsageError: if it does not.
+    """
     if needed > cfg.memory_budget_mb * MB:
         raise UsageError(
-            f"--memory_budget_mb must allow for training the classifier alone, which is estimated to need "
-            f"{needed / MB:.1f} MB. Received: {cfg.memory_budget_mb:g}; raise it, or lower --batch_size or --input_size."
+            f"--memory_budget_mb must allow for training the classifier alone, estimated at {needed / MB:.1f} MB. "
+            f"Received: {cfg.memory_budget_mb:g}; raise it, or lower --batch_size or --input_size."
         )
 
 
-def fit(network, selection, cfg, batch_size):
+def fit(network, selection: Selection, cfg: Config, batch_size: int) -> tuple[Selection, str | None, int | None]:
     """Shortens a selection until its estimated peak fits the budget.
 
     Args:
         network: models.Network.
-        selection: selection.Selection with a ranking. No prefix longer than its own
-            is tried.
+        selection: Selection with a ranking. It bounds the length.
         cfg: Config.
-        batch_size: int. Images of a training batch.
+        batch_size: int. Images per training batch.
 
     Returns:
-        selection: selection.Selection, the longest that fits; the head alone, at
-        worst.
-        next_layer: str or None. The layer of the ranking that comes next.
+        selection: Selection, the longest that fits, at least the head.
+        next_layer: str or None. The next layer of the ranking.
         next_bytes: int or None. The estimated peak with that layer.
     """
     ranked = sorted((row for row in selection.layers if row["rank"] is not None), key=lambda row: row["rank"])
@@ -78,8 +88,8 @@ def fit(network, selection, cfg, batch_size):
     return with_first_layers(network, selection, fits), ranked[fits]["path"], needs(fits + 1)
 
 
-def peak_bytes(network, trained_weights, cfg, batch_size):
-    """Returns the estimated peak of a training step in bytes; leaves the network frozen so."""
+def peak_bytes(network, trained_weights: Collection[str], cfg: Config, batch_size: int) -> int:
+    """Freezes all but the given weights, and returns the estimated peak of a training step in bytes."""
     freeze(network, trained_weights)
     optimizer = make_optimizer(cfg, total_steps=1)
     compile_model(network.model, optimizer)
@@ -90,12 +100,12 @@ def peak_bytes(network, trained_weights, cfg, batch_size):
 
 
 def _free(variables):
-    """Gives back the memory of variables that nothing will read again.
+    """Releases the memory of variables that nothing reads again.
 
-    TensorFlow keeps a traced step's variables for as long as its graph, which may be
-    as long as the process: with a few estimates the slots would be in the way of the
-    very training that has to fit. A variable can't be deleted under a graph that
-    knows it, but it can be left empty.
+    TensorFlow keeps the variables of a traced step as long as its graph, possibly as
+    long as the process: the slots of a few estimates would take the memory that the
+    training needs. A variable cannot be deleted while a graph refers to it, but it can
+    be emptied.
     """
     import tensorflow as tf
 

@@ -1,29 +1,36 @@
-"""Peak memory as the paper's figure counts it: a convention, not a measurement.
+"""Peak memory as the paper's plot counts it: a convention, not a measurement.
 
-It is here so that the published figure can be reproduced and its assumptions be
-seen. None of them holds for a real step: weights that don't train are counted
-with 4 bits, gradients and optimizer state not at all, and activations of an
-eighth of a batch of 8. The assumptions, one a line below, are all there is.
+It serves to reproduce the plot and to show its assumptions. None of them holds for a
+real step: frozen weights count 4 bits, gradients and optimizer slots nothing, and a
+layer keeps one image's input.
+
+The 8 below belongs to the plot: it multiplies the peak by 8 and counts the outputs of
+8 images, whatever the batch size of a run. The published program instead multiplies by
+the batch size that it is given, so that its figures for another batch are different.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Collection, Iterator
 
 import keras
 
+from core.units import MB
+
 TRAINED_WEIGHT_BITS = 32
-OTHER_WEIGHT_BITS = 4  # moving statistics too, trained or not
+OTHER_WEIGHT_BITS = 4  # moving statistics included
 ACTIVATION_BYTES = 4
-BATCH = 8  # part of the convention, whatever the batch size of a run
-MB = 10**6
+BATCH = 8  # of the plot, whatever the batch size of a run
 
 
-def megabytes(network, trained_weights):
+def megabytes(network, trained_weights: Collection[str]) -> float:
     """Returns the peak memory by the published convention, in MB of 10^6 bytes.
 
-    The layers are walked in the order of `model.layers`, and a layer's input is
-    taken to be the output of the entry before it, whatever that is. Of them only
-    Conv2D, Dense, BatchNormalization and ReLU count; depthwise convolutions and
-    all that is inside a transformer's blocks don't.
+    The layers are visited in the order of `model.layers`, and the output of the entry
+    before a layer counts as its input, whatever it is. Only Conv2D, Dense,
+    BatchNormalization and ReLU count; depthwise convolutions and everything inside the
+    blocks of a transformer do not.
 
     Args:
         network: models.Network.
@@ -45,7 +52,7 @@ def megabytes(network, trained_weights):
     return (bits / 8 + BATCH * peak) / MB
 
 
-def _walk(network):
+def _walk(network) -> Iterator[tuple]:
     """Yields (layer, input elements per image, output elements per image) of the layers that count."""
     shape = network.model.inputs[0].shape
     for layer in network.model.layers:
@@ -58,7 +65,7 @@ def _walk(network):
 
 
 def _patch_embedding(layer):
-    """Returns the convolution that a nested network, such as a ViT's, begins with; else None."""
+    """Returns the convolution at the start of a nested network, such as ViT's, or None."""
     inside = layer._flatten_layers(include_self=False)
     return next((inner for inner in inside if isinstance(inner, keras.layers.Conv2D)), None)
 
@@ -68,7 +75,7 @@ def _elements(shape):
 
 
 def _counts(layer):
-    # DepthwiseConv2D is no Conv2D in Keras.
+    # In Keras, DepthwiseConv2D is not a subclass of Conv2D.
     return isinstance(
         layer, (keras.layers.Conv2D, keras.layers.Dense, keras.layers.BatchNormalization, keras.layers.ReLU)
     ) or (isinstance(layer, keras.layers.Activation) and layer.activation is keras.activations.relu)

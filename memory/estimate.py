@@ -1,4 +1,6 @@
-"""Predicts the peak memory of a training step, and says what it is made of."""
+"""Predicts the peak memory of a training step, its parts, and the layer at which it occurs."""
+
+from __future__ import annotations
 
 import logging
 import os
@@ -19,9 +21,9 @@ class Estimate:
     """A predicted peak.
 
     Attributes:
-        bytes: int. As the allocator would count it.
+        bytes: int. The peak as TensorFlow's allocator counts it.
         split: dict from each of PARTS to its bytes at the peak; they add up to `bytes`.
-        peak_at: str. Path of the layer at which the peak stands, or ``optimizer``.
+        peak_at: str. Path of the layer at which the peak occurs, or `optimizer`.
     """
 
     bytes: int
@@ -29,30 +31,30 @@ class Estimate:
     peak_at: str
 
 
-def of_training(model, input_shape):
-    """Predicts a training step on one resident batch, as `memory_utils` measures it.
+def of_training(model, input_shape: tuple) -> Estimate:
+    """Predicts the peak of a training step on one batch that is already in memory.
 
     Args:
-        model: compiled keras.Model, not yet trained, frozen as it will train.
+        model: keras.Model. Compiled, not trained yet, with its weights frozen as they will be.
         input_shape: tuple (B, ...). The shape of a batch.
     """
     return of_step(step_graph.trace(model, input_shape))
 
 
-def of_inference(model, input_shape):
-    """Predicts a forward pass in inference mode; arguments as in `of_training`."""
+def of_inference(model, input_shape: tuple) -> Estimate:
+    """Predicts the peak of a forward pass in inference mode; arguments as in `of_training`."""
     return of_step(step_graph.trace_inference(model, input_shape))
 
 
-def of_step(step, repetitions=2, allocator=None):
-    """Simulates a step on an allocator of its own; the last repetition counts.
+def of_step(step, repetitions: int = 2, allocator=None) -> Estimate:
+    """Simulates a step; the last repetition counts.
 
     Args:
         step: step_graph.Step.
-        repetitions: int. How often the step runs; the second meets the free chunks
-            that the first has left.
-        allocator: object with `allocate`, `release` and `in_use`; None takes one
-            like TensorFlow's.
+        repetitions: int. How often the step runs. The second run reuses the free chunks
+            of the first.
+        allocator: object with `allocate`, `release` and `in_use`. None uses one like
+            TensorFlow's.
     """
     memory = executor.Memory(allocator or Allocator())
     for key, part, num_bytes in step.variables:
@@ -66,22 +68,30 @@ def of_step(step, repetitions=2, allocator=None):
     return Estimate(memory.peak, split, step.layer_of(memory.peak_op) if memory.peak_op else "")
 
 
-def num_threads():
-    """Returns how many operations the executor runs side by side."""
+def num_threads() -> int:
+    """Returns how many operations TensorFlow's executor runs at the same time."""
     return tf.config.threading.get_inter_op_parallelism_threads() or os.cpu_count() or 1
 
 
-def bytes_of_training(model, input_shape):
-    """Returns the estimated peak of a training step in bytes, before any has run; None where there is no estimate.
+def bytes_of_training(model, input_shape: tuple) -> int | None:
+    """Returns the estimated peak of a training step in bytes, or None if it cannot be estimated.
 
-    What a run reports besides is not worth ending it: a step that can't be traced
-    or followed is said, and leaves no figure. Several devices at work are not
-    followed.
+    A step that cannot be simulated is logged: a missing estimate must not end a run.
+    Training on several devices is not simulated.
     """
     if model.distribute_strategy.num_replicas_in_sync > 1:
         return None
+    return _bytes_or_none(of_training, model, input_shape)
+
+
+def bytes_of_inference(model, input_shape):
+    """Returns the estimated peak of a forward pass in bytes, or None where there is no estimate."""
+    return _bytes_or_none(of_inference, model, input_shape)
+
+
+def _bytes_or_none(predict, model, input_shape):
     try:
-        return of_training(model, tuple(input_shape)).bytes
+        return predict(model, tuple(input_shape)).bytes
     except Exception as error:
-        log.warning("The peak memory can't be estimated: %s", " ".join(str(error).split()))
+        log.warning("The peak memory cannot be estimated: %s", " ".join(str(error).split()))
         return None

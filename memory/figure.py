@@ -1,8 +1,12 @@
 """The paper's plot of peak memory, drawn twice: by its convention, and as measured."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 
 from core import environment
+from core.config import Config
+from core.units import MB
 from memory import convention, fresh_process
 from selection import SCHEMES
 
@@ -18,12 +22,12 @@ PUBLISHED = {
 }
 
 
-def draw(cfg, path):
+def draw(cfg: Config, path: str) -> str:
     """Computes, measures and draws all four backbones.
 
     Args:
-        cfg: Config. What is common to all: batch size, input size, optimizer,
-            weights, seed. Model and scheme are the plot's own.
+        cfg: Config. Batch size, input size, optimizer, weights and seed of all bars; the
+            plot sets model and scheme.
         path: str. The image to write.
 
     Returns:
@@ -51,18 +55,18 @@ def _figures(cfg, bar):
     else:
         trained = fresh_process.select(network, cfg).trained_weights
         peak = fresh_process.measure_peak(cfg, cfg.num_classes, "training", trained)
-    return convention.megabytes(network, trained), None if peak.bytes is None else peak.bytes / convention.MB
+    return convention.megabytes(network, trained), None if peak.bytes is None else peak.bytes / MB
 
 
 def _plot(cfg, rows, path):
     import matplotlib
 
-    matplotlib.use("Agg")  # no screen needed
+    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     drawing, axes = pyplot.subplots(1, 2, figsize=(11, 4))
     titles = (
-        "published convention (batch 8 within it)",
+        "published convention (always of batch 8)",
         f"measured (batch {cfg.batch_size}, {cfg.input_size} px, {cfg.optimizer})",
     )
     for column, (axis, title) in enumerate(zip(axes, titles)):
@@ -85,5 +89,5 @@ def _text(rows, path):
         for published, (bar, (by_convention, measured)) in zip(PUBLISHED[model_name], bars.items()):
             shown = "-" if measured is None else f"{measured:.0f}"
             lines.append(f"{model_name:<12} {BARS[bar]:<16} {published:>10} {by_convention:>10.0f} {shown:>10}")
-    lines.append("The published figures of AdaBet hang on ImageNet weights: other weights choose other layers.")
-    return "\n".join([*lines, f"Drawn: {path}"])
+    lines.append("The published figures of AdaBet depend on ImageNet weights: other weights select other layers.")
+    return "\n".join([*lines, f"Figure: {path}"])

@@ -1,25 +1,29 @@
-"""A training scheme's three figures, and measurements that nothing before can have touched."""
+"""The three memory figures of a training scheme, and measurements in a process of their own."""
+
+from __future__ import annotations
 
 import concurrent.futures.process
 import multiprocessing
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from core import environment
+from core.config import Config
 from core.errors import RunError
-from memory.measure import measured_peak, measured_training_step
+from memory.measure import Peak, measured_peak, measured_training_step
 
 
 @dataclass(frozen=True)
 class Figures:
-    """The three figures of one training scheme, and what the estimate is made of.
+    """The three figures of one training scheme, and the parts of the estimate.
 
     Attributes:
-        measured_bytes: int or None. None where the device's allocator doesn't count.
+        measured_bytes: int or None. None if the device's allocator does not count.
         estimated_bytes: int.
         published_convention_mb: float. MB of 10^6 bytes.
-        split: dict. Bytes at the estimated peak, by what they are for.
-        peak_at: str. Path of the layer at which the estimated peak stands.
-        device: str. Where the measurement was made.
+        split: dict. Bytes at the estimated peak by their use.
+        peak_at: str. Path of the layer at which the estimated peak occurs.
+        device: str. The device of the measurement.
     """
 
     measured_bytes: int | None
@@ -30,11 +34,11 @@ class Figures:
     device: str
 
 
-def figures(cfg, num_classes):
+def figures(cfg: Config, num_classes: int) -> Figures:
     """Returns the Figures of a training step.
 
     Args:
-        cfg: Config. Schemes that look at images see digits.
+        cfg: Config. Schemes that need images get digits.
         num_classes: int.
     """
     environment.load_tensorflow()
@@ -55,35 +59,37 @@ def figures(cfg, num_classes):
     )
 
 
-def measure_peak(cfg, num_classes, what="training", trained_weights=None):
-    """Measures a peak in a fresh process, which nothing before can have touched.
+def measure_peak(
+    cfg: Config, num_classes: int, what: str = "training", trained_weights: Collection[str] | None = None
+) -> Peak:
+    """Measures a peak in a new process, which no earlier computation can influence.
 
     Args:
         cfg: Config. Network, scheme, optimizer and batch size.
         num_classes: int.
-        what: str. ``inference``: the second forward pass on one resident batch;
-            ``selection``: the scheme's whole selection, on digits; ``training``: a
-            training step on one resident batch, see `measured_training_step`.
-        trained_weights: collection of str. Paths of the weights that train; None
-            lets the scheme select.
+        what: str. `inference`: the second forward pass on one resident batch;
+            `selection`: the scheme's whole selection, on digits; `training`: a training
+            step on one resident batch, as in `measured_training_step`.
+        trained_weights: collection of str. Paths of the weights that train. None lets
+            the scheme select.
 
-    Returns:
-        Peak.
+    Raises:
+        RunError: if the process is killed.
     """
-    # Spawned, not forked: a fork would inherit what this process has allocated.
+    # A forked process would inherit what this one has allocated.
     context = multiprocessing.get_context("spawn")
     try:
         with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
             return pool.submit(_measure, cfg, num_classes, what, trained_weights).result()
     except concurrent.futures.process.BrokenProcessPool as error:
         raise RunError(
-            f"the process that measured {what} was ended from outside, as a system does that runs out of memory; "
-            "try a smaller --batch_size or --input_size."
+            f"the process that measures {what} must not be killed. Received: it was, probably for lack of "
+            "memory; try a smaller --batch_size or --input_size."
         ) from error
 
 
 def _measure(cfg, num_classes, what, trained_weights):
-    """What `measure_peak` runs in the fresh process."""
+    """Runs in the new process of `measure_peak`."""
     environment.load_tensorflow()
     network = build(cfg, num_classes)
     if what == "selection":
@@ -100,7 +106,7 @@ def _measure(cfg, num_classes, what, trained_weights):
             forward(images)
         return peak
     if what != "training":
-        raise ValueError(f"inference, selection or training can be measured. Received: {what!r}")
+        raise ValueError(f"`what` must be inference, selection or training. Received: {what!r}")
     if trained_weights is None:
         trained_weights = select(network, cfg).trained_weights
     _compile(network, trained_weights, cfg)
@@ -110,16 +116,16 @@ def _measure(cfg, num_classes, what, trained_weights):
     return peak
 
 
-def build(cfg, num_classes):
-    """Returns the models.Network of `cfg`, seeded as main.py seeds it."""
+def build(cfg: Config, num_classes: int):
+    """Returns the models.Network of `cfg`, with the random weights that main.py would give it."""
     import models
 
     environment.seed_everything(cfg.seed)
     return models.build(cfg, num_classes)
 
 
-def select(network, cfg):
-    """Returns what the scheme of `cfg` selects; one that looks at images sees digits."""
+def select(network, cfg: Config):
+    """Returns the Selection of the scheme of `cfg`. Schemes that need images get digits."""
     from selection import SCHEMES
 
     scheme = SCHEMES[cfg.train_type]
@@ -127,10 +133,10 @@ def select(network, cfg):
     def batches(points, count):
         import data
 
-        # Which classes the digits have plays no role: a selection reads no label's value.
         digits = data.load(replace(cfg, dataset_name="digits", num_classes=None, image_dir=None))
         return digits.selection_batches(points, count)
 
+    scheme.measure(network, cfg, cfg.batch_size)
     scheme.check(network, cfg, cfg.batch_size)
     return scheme.select(network, batches, cfg)
 

@@ -1,10 +1,12 @@
-"""Peak memory as the framework's allocator counts it, on the device in use.
+"""Peak memory as TensorFlow's allocator counts it, on the device in use.
 
-On a CPU that takes the allocator that environment.py chooses; on a GPU every
-allocator counts. What counts is all that TensorFlow holds there: weights,
-optimizer state, activations, gradients and workspace. Memory of NumPy and gudhi
-doesn't; the process's peak resident size, beside it, has everything.
+On a CPU only the allocator that `core/environment.py` chooses counts; on a GPU every
+allocator does. The figure contains all that TensorFlow holds there: weights, optimizer
+slots, activations, gradients and workspace, but not the memory of NumPy and gudhi. The
+process's peak resident size contains everything.
 """
+
+from __future__ import annotations
 
 import contextlib
 import gc
@@ -13,6 +15,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from core import environment
@@ -20,17 +23,17 @@ from core import environment
 log = logging.getLogger("adabet")
 
 MEASURED_STEPS = 3
-MEASURING_S = 10.0  # no further step is begun after so many seconds
+MEASURING_S = 10.0  # no further step starts after this many seconds
 
 
 @dataclass
 class Peak:
-    """What a `measured_peak` block found.
+    """The result of a `measured_peak` block.
 
     Attributes:
-        bytes: int or None. The allocator's peak inside the block; None where
-            this device's allocator doesn't count.
-        device: str. Where, e.g. ``CPU:0``.
+        bytes: int or None. The allocator's peak inside the block, or None if the
+            device's allocator does not count.
+        device: str. The device, e.g. `CPU:0`.
     """
 
     bytes: int | None
@@ -38,7 +41,7 @@ class Peak:
 
 
 @contextlib.contextmanager
-def measured_peak():
+def measured_peak() -> Iterator[Peak]:
     """Measures the allocator's peak over the block.
 
     Yields:
@@ -50,41 +53,39 @@ def measured_peak():
     try:
         tf.config.experimental.reset_memory_stats(peak.device)
     except ValueError as error:
-        log.warning("The memory of %s can't be measured: %s", peak.device, error)
+        log.warning("The memory of %s cannot be measured: %s", peak.device, error)
         yield peak
         return
     yield peak
     peak.bytes = tf.config.experimental.get_memory_info(peak.device)["peak"]
 
 
-def peak_rss_bytes():
-    """Returns the largest resident size that this process has had so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024  # kibibytes everywhere but on macOS
+def peak_rss_bytes() -> int:
+    """Returns the peak resident size of this process in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, other systems kibibytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def measured_training_step(model, images, labels, changing):
+def measured_training_step(model, images, labels, changing: list) -> tuple[Peak, float]:
     """Measures training steps on one resident batch, and undoes them.
 
-    The first step traces and warms up; the second to fourth are measured, fewer
-    where they take long, and their median counts. One step alone can be far off:
-    which chunks it gets hangs on how threads happened to interleave, and the head of
-    ResNet50 took 185 MB in one process and 233 MB in the next. Afterwards every
-    weight, statistic, random state and optimizer slot has its former value, to the
-    last bit.
+    The first step traces. The second to fourth are measured, fewer if they take long,
+    and their median counts: a single step depends on how threads interleave. The head of
+    ResNet50 took 185 MB in one process and 233 MB in the next. Afterwards every weight,
+    statistic, random state and optimizer slot has its former value, to the last bit.
 
     Args:
         model: compiled keras.Model.
         images: float32 tensor of shape (B, S, S, 3).
         labels: int tensor of shape (B,).
-        changing: list of keras.Variable. All of the model's that a training
+        changing: list of keras.Variable. All variables of the model that a training
             step can change.
 
     Returns:
         peak: Peak, the median of the measured steps.
         first_step_s: float. Seconds of the first step, tracing included.
     """
-    gc.collect()  # the optimizers and traces of earlier compilations, such as a budget's, are in cycles
+    gc.collect()  # earlier compilations, such as a budget's, are in reference cycles
     with model.distribute_strategy.scope():
         model.optimizer.build(model.trainable_variables)
     state = [*changing, *model.optimizer.variables]
@@ -99,7 +100,7 @@ def measured_training_step(model, images, labels, changing):
             model.train_on_batch(images, labels)
         peaks.append(peak)
 
-    for variable, value in zip(state, before):
+    for variable, value in zip(state, before, strict=True):
         variable.assign(value)
     model.reset_metrics()
     if peak.bytes is not None:

@@ -1,13 +1,16 @@
 """Networks: a backbone, its preprocessing, pretrained weights, and a new head.
 
-The tables here import neither TensorFlow nor Keras, so that flags can be
-checked, and `--help` printed, without waiting for them.
+The tables import neither TensorFlow nor Keras, so that flags are checked and `--help` is
+printed without them.
 """
+
+from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
 from typing import Any
 
+from core.config import Config
 from core.errors import RunError, UsageError
 
 
@@ -15,13 +18,13 @@ from core.errors import RunError, UsageError
 class Imagenet:
     """Where a backbone's ImageNet weights come from.
 
-    A `url` is a legacy .h5 file without top, kept in Keras's cache; `{size}` in
-    it is one of `sizes`. A `preset` is fetched by keras-hub into kagglehub's.
+    A `url` is a legacy .h5 file without top, kept in Keras' cache; `{size}` in it is one
+    of `sizes`. keras-hub downloads a `preset` to the cache of kagglehub.
     """
 
-    url: str  # the file, or the host that has to answer for the preset
-    md5: str | None = None  # None where Keras publishes none
-    sizes: tuple[int, ...] = ()  # pixels that have a file of their own; others take the last
+    url: str  # the file, or the host of the preset
+    md5: str | None = None  # None if Keras publishes none
+    sizes: tuple[int, ...] = ()  # input sizes with a file of their own; others use the last
     preset: str | None = None
 
 
@@ -83,29 +86,29 @@ BACKBONES = {
     ),
 }
 
-# Values of --weights that are no path.
+# Values of --weights that are not a path.
 WEIGHTS_KEYWORDS = ("auto", "imagenet", "none")
 WEIGHTS_EXTENSIONS = (".keras", ".weights.h5", ".h5")
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network and what the rest of the program needs to know of it.
+    """A network with its candidate layers and weights.
 
     Attributes:
         model: keras.Model. Raw RGB images, float32 in 0..255, of shape
             (B, S, S, 3) to logits, float32 (B, num_classes).
-        head: keras.layers.Dense. The new layer, named ``head``.
-        candidates: list of models.layers.Candidate. The layers that can be
-            chosen, in forward order, the head among them.
-        trainable_weights: list of keras.Variable. All weights that can train,
-            those of no candidate too; their paths are unique.
-        backbone: keras.Model. The network without preprocessing and head, on
-            the same layers.
+        head: keras.layers.Dense. The new layer, named `head`.
+        candidates: list of models.layers.Candidate. The layers that can be selected, in
+            forward order, the head included.
+        trainable_weights: list of keras.Variable. All weights that can train, those of
+            no candidate included. Their paths are unique.
+        backbone: keras.Model. The network without preprocessing and head, with the same
+            layers.
         provenance: dict. Where the weights come from, JSON-ready: `source` (imagenet, file, none),
             `path`, `sha256`, `matched_layers`, `backbone_layers`, `note`.
-        bn_stats: str or None. ``stored``, ``batch``, or None where the network
-            has no batch normalisation.
+        bn_stats: str or None. `stored`, `batch`, or None if the network has no batch
+            normalization.
     """
 
     model: Any
@@ -117,8 +120,8 @@ class Network:
     bn_stats: str | None = None
 
 
-def check_input_size(model_name, input_size):
-    """Raises UsageError where `model_name` can't take images of `input_size` pixels."""
+def check_input_size(model_name: str, input_size: int) -> None:
+    """Raises UsageError if `model_name` cannot process images of `input_size` pixels."""
     row = BACKBONES[model_name]
     if input_size >= row.min_size and input_size % row.size_multiple == 0:
         return
@@ -127,14 +130,14 @@ def check_input_size(model_name, input_size):
         rule += f" and a multiple of {row.size_multiple}"
     nearest = max(row.min_size, round(input_size / row.size_multiple) * row.size_multiple)
     raise UsageError(
-        f"--input_size must be {rule} for {model_name}; received {input_size}; the nearest that works is {nearest}"
+        f"--input_size must be {rule} for {model_name}. Received: {input_size}; the nearest valid size is {nearest}."
     )
 
 
-def check_weights(weights):
-    """Raises UsageError where `--weights` names neither a keyword nor a readable weights file.
+def check_weights(weights: str) -> None:
+    """Raises UsageError if `--weights` is neither a keyword nor a readable weights file.
 
-    Whether the file's layers fit the network is `load_weights`'s business.
+    `load_weights` checks whether the file's layers fit the network.
     """
     if weights in WEIGHTS_KEYWORDS:
         return
@@ -143,32 +146,30 @@ def check_weights(weights):
         f"({', '.join(WEIGHTS_EXTENSIONS)})"
     )
     if not weights.lower().endswith(WEIGHTS_EXTENSIONS):
-        raise UsageError(f"{rule}; received {weights!r}: unknown extension")
+        raise UsageError(f"{rule}. Received: {weights!r}, with another extension.")
     path = os.path.expanduser(weights)
     if not os.path.isfile(path):
-        raise UsageError(f"{rule}; received {weights!r}: no such file, check the path")
+        raise UsageError(f"{rule}. Received: {weights!r}; there is no such file, check the path.")
     if not os.access(path, os.R_OK):
-        raise UsageError(f"{rule}; received {weights!r}: no permission to read it")
+        raise UsageError(f"{rule}. Received: {weights!r}; change its permissions.")
     from models import weight_files  # imports h5py
 
     with weight_files.open_layers(path):
-        pass  # a damaged file is found before any data set is downloaded
+        pass  # finds a damaged file before a data set is downloaded
 
 
-def assemble(cfg, num_classes):
-    """Builds the network that `cfg` asks for, with random weights.
-
-    They follow Keras's global seed, which the caller sets.
+def assemble(cfg: Config, num_classes: int) -> Network:
+    """Builds the network of `cfg` with random weights, which depend on Keras' global seed.
 
     Args:
-        cfg: config.Config. Reads model_name, input_size and dropout.
+        cfg: Config. Reads model_name, input_size and dropout.
         num_classes: int. Width of the head.
 
     Returns:
-        A Network whose `weights` and `bn_stats` are still None.
+        Network whose `provenance` and `bn_stats` are None.
 
     Raises:
-        errors.UsageError: a size the backbone can't take.
+        UsageError: if the backbone cannot process the input size.
     """
     check_input_size(cfg.model_name, cfg.input_size)
     from models import backbones  # imports Keras
@@ -176,20 +177,19 @@ def assemble(cfg, num_classes):
     return backbones.assemble(cfg, num_classes)
 
 
-def load_weights(network, cfg):
-    """Loads the backbone's weights and sets the policy of batch normalisation.
+def load_weights(network: Network, cfg: Config) -> Network:
+    """Loads the backbone's weights and sets the mode of batch normalization.
 
     Args:
         network: Network, from `assemble`.
-        cfg: config.Config. Reads model_name, input_size, weights and bn_stats.
+        cfg: Config. Reads model_name, input_size, weights and bn_stats.
 
     Returns:
-        The Network with its `weights` and `bn_stats`.
+        Network with its `provenance` and `bn_stats`.
 
     Raises:
-        errors.UsageError: a weights file that is missing, damaged, or of another
-            network.
-        errors.RunError: `--weights imagenet`, and they can't be had.
+        UsageError: if the weights file is missing, damaged, or of another network.
+        RunError: if ImageNet weights are required and unavailable.
     """
     check_weights(cfg.weights)
     from models import batchnorm, weights  # import Keras
@@ -202,14 +202,14 @@ def load_weights(network, cfg):
     return replace(network, provenance=provenance, bn_stats=bn_stats)
 
 
-def prepare(cfg):
-    """Fetches the ImageNet weights of `cfg` unless they are there.
+def prepare(cfg: Config) -> str:
+    """Downloads the ImageNet weights of `cfg` if they are not in the cache.
 
     Returns:
         str. The path of their file.
 
     Raises:
-        errors.RunError: they can't be had.
+        RunError: if they are unavailable.
     """
     from models import imagenet  # imports Keras
 
@@ -217,16 +217,16 @@ def prepare(cfg):
     try:
         return imagenet.fetch_preset(source)[1] if source.preset else imagenet.fetch_file(source, cfg.input_size)
     except imagenet.Unavailable as error:
-        raise RunError(f"the ImageNet weights of {cfg.model_name} can't be had: {error}") from error
+        raise RunError(f"the ImageNet weights of {cfg.model_name} are unavailable: {error}") from error
 
 
-def files_to_fetch(cfg):
-    """Returns [(url, path)]: what `prepare` downloads, and where each file can be put by hand."""
+def files_to_fetch(cfg: Config) -> list:
+    """Returns [(url, path)] of the files that `prepare` downloads, and where each can be saved by hand."""
     from models import imagenet
 
     return imagenet.files_to_fetch(BACKBONES[cfg.model_name].imagenet, cfg.input_size)
 
 
-def build(cfg, num_classes):
+def build(cfg: Config, num_classes: int) -> Network:
     """Returns the Network of `cfg`, ready to train: `assemble`, then `load_weights`."""
     return load_weights(assemble(cfg, num_classes), cfg)

@@ -53,10 +53,7 @@ def _cnn_features(application):
 
     def features(preprocessed):
         backbone = application(
-            include_top=False,
-            weights=None,
-            input_tensor=preprocessed,
-            input_shape=tuple(preprocessed.shape[1:]),
+            include_top=False, weights=None, input_tensor=preprocessed, input_shape=tuple(preprocessed.shape[1:])
         )
         pooled = keras.layers.GlobalAveragePooling2D(name="pool")(backbone.output)
         return backbone, pooled

@@ -1,62 +1,60 @@
-"""Which statistics batch normalisation uses while a network trains.
+"""Which statistics batch normalization uses while a network trains.
 
-Freezing is done on single variables (`variable.trainable`), never on layers:
-Keras ties a layer's `trainable` to its statistics, so freezing a layer would
+Freezing is done on single variables (`variable.trainable`), never on layers: Keras ties
+a layer's `trainable` to the use of its statistics, so that freezing a layer would
 silently change its mode.
 """
 
+from __future__ import annotations
+
 import contextlib
+from collections.abc import Iterator
 
 import keras
 
 from models.layers import calls_replaced
 
-# Keras's own default. MobileNetV2's 0.999 is made for ImageNet's many thousand
-# steps: in the few hundred of a fine-tuning the moving statistics would stay
-# near their initial values, and evaluation would be near chance.
+# Keras' default. MobileNetV2's 0.999 is made for ImageNet's many thousand steps: in the
+# few hundred steps of a fine-tuning the moving statistics would stay near their initial
+# values, and evaluation near chance.
 MAX_BATCH_MOMENTUM = 0.99
 
 
-def resolve(bn_stats, pretrained):
-    """Returns ``stored`` or ``batch`` for a `--bn_stats` of auto, stored or batch.
+def resolve(bn_stats: str, pretrained: bool) -> str:
+    """Returns `stored` or `batch` for a `--bn_stats` of auto, stored or batch.
 
     Args:
         bn_stats: str. The flag.
-        pretrained: bool. Whether the network's statistics were learnt.
+        pretrained: bool. Whether the network's statistics were learned.
     """
     if bn_stats == "auto":
         return "stored" if pretrained else "batch"
     return bn_stats
 
 
-def layers(model):
-    """Returns all BatchNormalization layers of `model`, nested ones included."""
-    found = []
-    for layer in model.layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            found.append(layer)
-        elif isinstance(layer, keras.Model):
-            found += layers(layer)
-    return found
+def layers(model: keras.Model) -> list:
+    """Returns all BatchNormalization layers of `model`, those inside other layers and models included."""
+    inside = model._flatten_layers(include_self=False)
+    return [layer for layer in inside if isinstance(layer, keras.layers.BatchNormalization)]
 
 
-def use_stored_statistics(model):
-    """Lets every BatchNormalization run on its moving statistics and never update them.
+def use_stored_statistics(model: keras.Model) -> None:
+    """Makes every BatchNormalization use its moving statistics and never update them.
 
-    That holds under `fit` too, while gamma and beta can train. The instance's
-    `call` is replaced, not the layer: a saved file holds a plain
-    BatchNormalization. A copy of the model (`clone_model`, a reloaded file) is
-    without it, and whoever wraps `layer.call` has to put the found one back.
+    This holds under `fit` too, while gamma and beta can train. The `call` of the
+    instance is replaced, not the layer: a saved file holds a plain BatchNormalization. A
+    copy of the model (`clone_model`, a file that is loaded again) does not have the
+    replacement. Code that wraps `layer.call` must restore the one that it found.
     """
     for layer in layers(model):
         layer.call = _with_training(layer.call, False)
 
 
-def use_batch_statistics(model):
-    """Lets every BatchNormalization use and follow the statistics of its batch in training.
+def use_batch_statistics(model: keras.Model) -> None:
+    """Makes every BatchNormalization use and track the statistics of its batch in training.
 
-    That is Keras's own behaviour for layers that are `trainable`; only a
-    momentum too slow for a fine-tuning is lowered.
+    This is Keras' own behaviour for trainable layers. Only a momentum that is too slow
+    for a fine-tuning is lowered.
     """
     for layer in layers(model):
         layer.momentum = min(layer.momentum, MAX_BATCH_MOMENTUM)
@@ -66,12 +64,12 @@ MODES = {"stored": use_stored_statistics, "batch": use_batch_statistics}
 
 
 @contextlib.contextmanager
-def statistics_kept(model, bn_stats):
-    """Lets passes in inference mode normalise as training does, and update nothing.
+def statistics_kept(model: keras.Model, bn_stats: str | None) -> Iterator[None]:
+    """Makes passes in inference mode normalize as training does, without updating anything.
 
-    For the length of the context, `model(images, training=False)` has dropout
-    off but, where `bn_stats` is ``batch``, the statistics of its batch. Functions
-    traced within it keep that.
+    Within the context, `model(images, training=False)` has dropout off and, if
+    `bn_stats` is `batch`, uses the statistics of its batch. Functions that are traced
+    within it keep that.
 
     Args:
         model: keras.Model.
@@ -89,11 +87,11 @@ def statistics_kept(model, bn_stats):
             layer.momentum = momentum
 
 
-def calibrate(model, images):
+def calibrate(model: keras.Model, images) -> None:
     """Sets the moving statistics to those of `images`, whatever mode the layers run in.
 
-    Without that, the activations of random weights shrink or grow from layer to
-    layer until rounding decides over their order. Nothing else changes.
+    Otherwise the activations of random weights shrink or grow from layer to layer, until
+    rounding determines their order. Nothing else changes.
 
     Args:
         model: keras.Model.

@@ -1,7 +1,9 @@
-"""Output channels: where they lie in a layer's kernel, what follows them, what they cost.
+"""Channels: their axes in a layer's kernel, what follows them, what they cost.
 
-Data are channels-last throughout, as in all of `models.BACKBONES`.
+Data are channels-last throughout.
 """
+
+from __future__ import annotations
 
 import math
 import re
@@ -15,18 +17,12 @@ _DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 _PLAIN = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D, keras.layers.Dense)
 
 
-def output_axes(layer):
+def output_axes(layer: keras.Layer) -> tuple[int, ...]:
     """Returns the axes of `layer.kernel` that number its output channels.
 
-    One for a convolution or a dense layer; two for a depthwise convolution
-    (input channel and multiplier) and for the query, key and value projections of
-    attention (head and its width).
-
-    Args:
-        layer: keras.Layer.
-
-    Returns:
-        tuple of int, empty for a layer without such a kernel.
+    A convolution or a dense layer has one, a depthwise convolution two (input channel
+    and multiplier), and so have the query, key and value projections of attention
+    (head and width). A layer without such a kernel has none.
     """
     if isinstance(layer, keras.layers.EinsumDense):
         inputs, kernel, output = re.split(",|->", layer.equation)
@@ -38,23 +34,38 @@ def output_axes(layer):
     return ()
 
 
-def channel_rank(layer):
-    """Returns how many of the last axes of the layer's output number channels: one, but for attention's projections."""
+def input_axes(layer: keras.Layer) -> tuple[int, ...]:
+    """Returns the axes of `layer.kernel` that number its input channels, empty for a layer without such a kernel."""
+    if isinstance(layer, keras.layers.EinsumDense):
+        inputs, kernel, output = re.split(",|->", layer.equation)
+        return tuple(axis for axis, letter in enumerate(kernel) if letter in inputs and letter not in output)
+    if isinstance(layer, (*_DEPTHWISE, *_PLAIN)):
+        return (len(layer.kernel.shape) - 2,)
+    return ()
+
+
+def is_depthwise(layer: keras.Layer) -> bool:
+    """Returns whether a layer is a depthwise convolution."""
+    return isinstance(layer, _DEPTHWISE)
+
+
+def channel_rank(layer: keras.Layer) -> int:
+    """Returns how many last axes of the output number channels: 2 for attention's projections, else 1."""
     return len(output_axes(layer)) if isinstance(layer, keras.layers.EinsumDense) else 1
 
 
-def num_channels(layer):
-    """Returns the layer's output channels; of a layer without a kernel, 0."""
+def num_channels(layer: keras.Layer) -> int:
+    """Returns the number of the layer's output channels, 0 without a kernel."""
     axes = output_axes(layer)
     return math.prod(layer.kernel.shape[axis] for axis in axes) if axes else 0
 
 
-def forward_flops(candidate):
+def forward_flops(candidate) -> int:
     """Returns the floating-point operations of a layer's forward pass for one image.
 
-    A multiplication and an addition for every element of the kernel at every
-    output position, and one a bias; two an element of output (scale and shift)
-    for a layer without a kernel.
+    A kernel takes a multiplication and an addition per element and output position, a
+    bias one addition per element of the output, and a layer without a kernel two
+    operations per element of the output (scale and shift).
 
     Args:
         candidate: models.layers.Candidate.
@@ -66,14 +77,14 @@ def forward_flops(candidate):
     return 2 * positions * math.prod(layer.kernel.shape) + (layer.bias is not None) * candidate.activation_size
 
 
-def input_shapes(model, batch_size):
-    """Returns {layer path: shape of its input, tuple of int} of the leaf layers with weights.
+def input_shapes(model: keras.Model, batch_size: int) -> dict[str, tuple]:
+    """Returns {layer path: shape of its input} for the leaf layers with weights.
 
     Args:
         model: keras.Model.
-        batch_size: int. First axis of the shapes.
+        batch_size: int. The first axis of the shapes.
     """
-    shapes = {}
+    shapes: dict[str, tuple] = {}
 
     def noting(layer, call):
         def noted(inputs, *args, **kwargs):
@@ -86,9 +97,10 @@ def input_shapes(model, batch_size):
     return shapes
 
 
-def following_norms(model):
-    """Returns {layer path: BatchNormalization} for layers whose output a BatchNormalization takes as it is."""
-    made_by, found = {}, {}
+def following_norms(model: keras.Model) -> dict[str, keras.layers.BatchNormalization]:
+    """Returns {layer path: BatchNormalization} for layers whose output goes to a BatchNormalization directly."""
+    made_by: dict[int, tuple] = {}
+    found: dict[str, keras.layers.BatchNormalization] = {}
 
     def linking(layer, call):
         def linked(inputs, *args, **kwargs):
@@ -96,7 +108,7 @@ def following_norms(model):
             if maker is not None and isinstance(layer, keras.layers.BatchNormalization):
                 found[maker.path] = layer
             output = call(inputs, *args, **kwargs)
-            made_by[id(output)] = (layer, output)  # the output too: an id is good as long as its object lives
+            made_by[id(output)] = (layer, output)  # keeps the output alive, and with it its id
             return output
 
         return linked

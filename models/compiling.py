@@ -1,34 +1,41 @@
-"""How a model is compiled here: by the loop, by memory_utils.py, and by ElasticTrainer's look one step ahead."""
+"""How models are compiled, for training, for memory figures, and for the importance of ElasticTrainer."""
+
+from __future__ import annotations
 
 import keras
 
 from core import strategy
+from core.config import Config
 
 
-def make_optimizer(cfg, total_steps):
-    """Returns the optimizer: cosine decay to 0, decoupled weight decay, clipped gradients."""
-    schedule = keras.optimizers.schedules.CosineDecay(cfg.learning_rate, decay_steps=total_steps)
+def make_optimizer(cfg: Config, total_steps: int) -> keras.Optimizer:
+    """Returns the optimizer: `--lr_schedule`, decoupled weight decay, clipped gradients."""
     common = {
-        "learning_rate": schedule,
+        "learning_rate": SCHEDULES[cfg.lr_schedule](cfg.learning_rate, total_steps),
         "weight_decay": cfg.weight_decay or None,
         "global_clipnorm": cfg.global_clipnorm or None,
     }
-    optimizer = OPTIMIZERS[cfg.optimizer](common)
+    optimizer = OPTIMIZERS[cfg.optimizer](cfg, common)
     return optimizer if cfg.strategy == "none" else strategy.clip_the_sum(optimizer)
 
 
 OPTIMIZERS = {
-    "sgd": lambda common: keras.optimizers.SGD(momentum=0.9, **common),
-    "adam": lambda common: keras.optimizers.Adam(**common),
+    "sgd": lambda cfg, common: keras.optimizers.SGD(momentum=cfg.momentum, **common),
+    "adam": lambda cfg, common: keras.optimizers.Adam(**common),
+}
+
+SCHEDULES = {
+    "cosine": lambda rate, total_steps: keras.optimizers.schedules.CosineDecay(rate, decay_steps=total_steps),
+    "constant": lambda rate, total_steps: rate,
 }
 
 
-def compile_model(model, optimizer):
-    """Compiles a model as every training here does; what trains has to be frozen or not before."""
+def compile_model(model: keras.Model, optimizer: keras.Optimizer) -> None:
+    """Compiles a model with the loss and metric of this program. Freeze its weights before."""
     model.compile(
         optimizer=optimizer,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
-        # XLA made a CPU step several times slower, and its first step minutes long.
+        # XLA makes a step on a CPU several times slower.
         jit_compile=False,
     )

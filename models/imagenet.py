@@ -1,4 +1,6 @@
-"""Gets ImageNet weights: from the caches, or by a download that was probed first."""
+"""ImageNet weights, from the caches or by a download whose host is probed first."""
+
+from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -16,7 +18,7 @@ log = logging.getLogger("adabet")
 
 
 class Unavailable(Exception):
-    """ImageNet weights can't be had; the message says why."""
+    """ImageNet weights are unavailable; the message gives the reason."""
 
 
 def file_hash(path, algorithm="sha256"):
@@ -29,8 +31,7 @@ def weights_url(source, input_size):
     """Returns the address of the weights for images of `input_size` pixels."""
     if not source.sizes:
         return source.url
-    # Convolutions take any size: one that has no file of its own takes the
-    # largest, as Keras does.
+    # Convolutions accept any size. A size without a file of its own uses the largest, as in Keras.
     size = input_size if input_size in source.sizes else source.sizes[-1]
     return source.url.format(size=size)
 
@@ -43,7 +44,7 @@ def fetch_file(source, input_size):
         input_size: int. Pixels.
 
     Raises:
-        Unavailable: not in the cache, and not to be downloaded.
+        Unavailable: if not in the cache, and not to be downloaded.
     """
     url = weights_url(source, input_size)
     name = url.rpartition("/")[2]
@@ -54,16 +55,11 @@ def fetch_file(source, input_size):
         return path
     _probe(url)
     log.info("Downloading %s", url)
-    # Keras's progress bar belongs on a terminal's stderr, and nowhere else.
+    # Keras prints its progress bar on stdout.
     bar = sys.stderr if sys.stderr.isatty() else io.StringIO()
     with _failures_unavailable(url), contextlib.redirect_stdout(bar):
         return keras.utils.get_file(
-            name,
-            url,
-            file_hash=source.md5,
-            cache_subdir="models",
-            cache_dir=home,
-            force_download=present,
+            name, url, file_hash=source.md5, cache_subdir="models", cache_dir=home, force_download=present
         )
 
 
@@ -97,7 +93,7 @@ def fetch_preset(source):
         A list of StoredLayer and a str.
 
     Raises:
-        Unavailable: not in the cache, and not to be downloaded.
+        Unavailable: if not in the cache, and not to be downloaded.
     """
     from models import vit
 
@@ -123,7 +119,7 @@ def _variables_as_layers(backbone):
 def _probe(url):
     reason = reachability.unreachable(url)
     if reason:
-        raise Unavailable(f"{url} can't be reached: {reason}")
+        raise Unavailable(f"{url} cannot be reached: {reason}")
 
 
 @contextlib.contextmanager

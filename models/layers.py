@@ -1,14 +1,16 @@
-"""Which layers can be chosen, found on the true forward pass.
+"""The layers that can be selected, found on the network's forward pass.
 
-A candidate is a leaf layer (no layers inside) with trainable weights whose
-output has the batch as its first axis. The pass itself is what lists them:
-every leaf's `call` is watched for the length of one pass, so residual
-branches, nested models and the layers inside a transformer's blocks are met in
-the order, and with the inputs, that they really have.
+A candidate is a leaf layer (without layers inside) with trainable weights whose output
+has the batch as its first axis. The `call` of every leaf is watched during one pass, so
+that residual branches, nested models and the layers inside a transformer's blocks appear
+in their true order and with their true inputs.
 """
+
+from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import keras
@@ -17,7 +19,7 @@ import tensorflow as tf
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layer that can be chosen for training.
+    """A layer that can be selected for training.
 
     Attributes:
         layer: keras.Layer.
@@ -42,7 +44,7 @@ class Candidate:
         return sum(math.prod(weight.shape) for weight in self.weights)
 
 
-def leaf_layers(model):
+def leaf_layers(model: keras.Model) -> list:
     """Returns the layers of `model`, at any depth, that hold weights but no other layers."""
     return [
         layer
@@ -52,21 +54,21 @@ def leaf_layers(model):
 
 
 @contextlib.contextmanager
-def calls_replaced(layers, replace):
-    """Lets each layer compute by another function while the context lasts.
+def calls_replaced(layers: list, replace: Callable) -> Iterator[None]:
+    """Replaces the function by which each layer computes, within the context.
 
     Args:
         layers: list of keras.Layer.
-        replace: function (layer, call) -> function that takes call's place.
+        replace: function (layer, call) -> function that replaces `call`.
 
-    The instance's `call` is shadowed, not the class's, so that other networks in
-    the process aren't touched. Whatever stood there before is put back.
+    The `call` of the instance is replaced, not that of the class, so that other networks
+    in the process are not affected. The former one is restored.
     """
     shadowed = []
     try:
         for layer in layers:
             shadowed.append((layer, vars(layer).get("call")))
-            # Past Keras's own __setattr__, which tracks and wraps what it is given.
+            # Keras' own __setattr__ would track and wrap the function.
             object.__setattr__(layer, "call", replace(layer, layer.call))
         yield
     finally:
@@ -77,12 +79,12 @@ def calls_replaced(layers, replace):
                 object.__setattr__(layer, "call", before)
 
 
-def watching(layers, observe):
-    """Gives a context in which `observe` sees, and may replace, each layer's output.
+def watching(layers: list, observe: Callable):
+    """Returns a context in which `observe` sees and may replace each layer's output.
 
     Args:
         layers: list of keras.Layer.
-        observe: function (layer, output) -> output that the network goes on with.
+        observe: function (layer, output) -> output that the network continues with.
     """
 
     def watched(layer, call):
@@ -91,18 +93,17 @@ def watching(layers, observe):
     return calls_replaced(layers, watched)
 
 
-def find_candidates(model):
-    """Returns the model's candidate layers, in the order in which the forward pass meets them.
+def find_candidates(model: keras.Model) -> list[Candidate]:
+    """Returns the model's candidate layers, in the order of the forward pass.
 
-    One symbolic pass with an open batch axis; nothing is computed. To be called
+    It traces one symbolic pass with an open batch axis, and computes nothing. Call it
     before anything is frozen.
 
     Args:
         model: keras.Model with one input of known shape but for the batch.
 
     Returns:
-        list of Candidate. A layer that the pass meets twice stands at its first
-        meeting.
+        list of Candidate. A layer that is called twice has the place of its first call.
     """
     sizes = {}
 

@@ -49,7 +49,7 @@ def load_preset(preset):
     """Returns the pretrained ViTBackbone of a preset's name or folder.
 
     Raises:
-        ValueError: its hyper-parameters aren't ours, so that its weights would
+        ValueError: if its hyper-parameters are not ours, so that its weights would
             fit and still compute something else.
     """
     backbone = keras_hub.models.ViTBackbone.from_preset(preset)
@@ -77,7 +77,7 @@ def resize_position_embedding(embedding, num_positions):
 
     Returns:
         float32 array of shape (1 + G * G, hidden), or None where either count
-        isn't that of a class token and a square grid.
+        is not that of a class token and a square grid.
     """
     old, new = grid_side(len(embedding)), grid_side(num_positions)
     if old is None or new is None:

@@ -1,10 +1,10 @@
 """Reads Keras weights files as plain arrays.
 
-Nothing in a file is ever executed or deserialised into layers: arrays are read
-from HDF5, and of a .keras archive's configuration only names. Links out of the
-file are not followed.
+Nothing in a file is executed or deserialized into layers: only arrays are read from
+HDF5, and names from the configuration of a .keras archive. Links out of the file are not
+followed.
 
-Two layouts exist, told apart by content, since users rename files:
+The content distinguishes two layouts, because users rename files:
 
 * legacy: groups named after the top-level layers, and in each the weights under
   their own paths; a nested model is one group with all its weights.
@@ -27,19 +27,10 @@ from core.errors import UsageError
 
 _ARCHIVE_WEIGHTS = "model.weights.h5"
 _ARCHIVE_CONFIG = "config.json"
-_MAX_CONFIG_BYTES = 64 * 2**20  # real ones have less than 1 MB
+_MAX_CONFIG_BYTES = 64 * 2**20  # real files have less than 1 MB
 
 # What h5py, zipfile and json raise for damaged files.
-_DAMAGED = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    EOFError,
-    NotImplementedError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+_DAMAGED = (OSError, RuntimeError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -68,7 +59,7 @@ def open_layers(path):
         path: str. A .keras, .weights.h5 or legacy .h5 file.
 
     Raises:
-        UsageError: the file is damaged or holds no weights.
+        UsageError: if the file is damaged or holds no weights.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -82,7 +73,7 @@ def open_layers(path):
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(
             f"--weights needs an intact Keras weights file; received {path}, which is damaged "
-            f"or no such file ({reason}); save or download it anew"
+            f"or no such file ({reason}); save or download it again"
         ) from error
 
 

@@ -1,4 +1,6 @@
-"""Loads weights into a backbone and tells where they came from."""
+"""Loads weights into a backbone and records where they come from."""
+
+from __future__ import annotations
 
 import logging
 import os
@@ -7,41 +9,42 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 
+from core.config import Config
 from core.errors import RunError, UsageError
 from models import BACKBONES, imagenet, weight_files
 
 log = logging.getLogger("adabet")
 
-# Names that older Keras gave to what Keras 3 calls otherwise.
+# Names of weights in older versions of Keras.
 _MODERN_NAMES = {"depthwise_kernel": "kernel"}
 
-# Patches of a 4096-pixel image: no real file has more, and a made-up one can't
-# claim more memory.
+# Patches of a 4096-pixel image. No real file has more, and a forged one must not take more
+# memory.
 _MAX_POSITIONS = 1 + 256**2
 
 
 @dataclass(frozen=True)
 class TargetLayer:
-    """A layer of ours that owns weights; fields as in weight_files.StoredLayer."""
+    """A layer of the network that owns weights; fields as in weight_files.StoredLayer."""
 
     name: str
     structure: str
     variables: list
 
 
-def load(backbone, cfg):
-    """Loads what `cfg.weights` asks for into `backbone`, moving statistics included.
+def load(backbone: keras.Model, cfg: Config) -> dict:
+    """Loads the weights of `cfg.weights` into `backbone`, moving statistics included.
 
     Args:
         backbone: keras.Model without head.
         cfg: config.Config. Reads model_name, input_size and weights.
 
     Returns:
-        dict, the provenance; see `models.Network`.
+        dict, the provenance, as in `models.Network`.
 
     Raises:
-        UsageError: the file is damaged, or fits less than half of the backbone.
-        RunError: `imagenet` is asked for and can't be had.
+        UsageError: if the file is damaged, or fits less than half of the backbone.
+        RunError: if `imagenet` is requested and unavailable.
     """
     return _SOURCES.get(cfg.weights, _load_file)(backbone, cfg)
 
@@ -55,12 +58,12 @@ def _load_auto(backbone, cfg):
         return _imagenet(backbone, cfg)
     except imagenet.Unavailable as error:
         log.warning(
-            "ImageNet weights for %s can't be had (%s): starting from RANDOM weights. "
-            "--weights PATH takes a file of your own.",
+            "ImageNet weights for %s are unavailable (%s); starting from RANDOM weights. "
+            "--weights PATH loads a file of your own.",
             cfg.model_name,
             error,
         )
-        return _load_nothing(backbone, cfg, note=f"ImageNet weights can't be had: {error}")
+        return _load_nothing(backbone, cfg, note=f"ImageNet weights are unavailable: {error}")
 
 
 def _load_imagenet(backbone, cfg):
@@ -68,9 +71,8 @@ def _load_imagenet(backbone, cfg):
         return _imagenet(backbone, cfg)
     except imagenet.Unavailable as error:
         raise RunError(
-            f"--weights imagenet: the weights for {cfg.model_name} can't be had ({error}); "
-            "connect, or give a file with --weights PATH, or start from random weights with "
-            "--weights none"
+            f"--weights imagenet needs the weights of {cfg.model_name}. Received: they are unavailable ({error}); "
+            "connect to the network, or use --weights PATH, or --weights none for random weights."
         ) from error
 
 
@@ -93,26 +95,26 @@ def _imagenet(backbone, cfg):
         with weight_files.open_layers(path) as stored:
             return _assign(backbone, stored, "imagenet", path)
     except UsageError as error:
-        raise imagenet.Unavailable(f"{path} is damaged, delete it: {error.__cause__ or error}")
+        raise imagenet.Unavailable(f"{path} is damaged, delete it: {error.__cause__ or error}") from error
 
 
 def _assign(backbone, stored, source, path):
-    """Copies the stored arrays that match into `backbone`; returns the provenance."""
+    """Copies the matching stored arrays to `backbone` and returns the provenance."""
     targets = target_layers(backbone)
     matches = match(targets, stored)
     counts = f"{len(matches)} of {len(targets)} backbone layers matched"
     if 2 * len(matches) < len(targets):
         raise UsageError(
-            f"--weights needs a file of the same network, at least half of its layers; "
-            f"received {path}: {counts} by name or structure and shape; check --model_name"
+            f"--weights needs a file with at least half of the network's layers. Received: "
+            f"{path}, {counts} by name or structure and shape; check --model_name."
         )
     for target, arrays in matches:
         for variable, array in zip(target.variables, arrays, strict=True):
             values = _values(array, variable)
             if not np.all(np.isfinite(values)):
                 raise UsageError(
-                    f"--weights needs finite weights; received {path}, where layer {target.name} "
-                    "holds NaN or infinite values; save or download it anew"
+                    f"--weights needs finite weights. Received: {path}, where layer {target.name} "
+                    "holds NaN or infinite values; save or download it again."
                 )
             variable.assign(values)
     missing = sorted({t.name for t in targets} - {t.name for t, _ in matches})
@@ -132,11 +134,11 @@ def _provenance(source, targets, matched_layers=0, path=None, note=None):
     }
 
 
-def target_layers(backbone):
+def target_layers(backbone: keras.Model) -> list[TargetLayer]:
     """Returns a TargetLayer for every layer of `backbone` that itself owns weights."""
     layers = []
     claimed = set()
-    # Innermost first, so that what is left to an outer layer is its own.
+    # Innermost first: the variables that remain for an outer layer are its own.
     for structure, layer in reversed(list(_structure(backbone, "", set()))):
         own = [v for v in layer.weights if id(v) not in claimed]
         claimed.update(id(v) for v in own)
@@ -230,7 +232,7 @@ def _match_structure(targets, stored):
 
 
 def _arrays(variables, weights):
-    """Returns the stored arrays in the order of `variables`, or None where they don't fit."""
+    """Returns the stored arrays in the order of `variables`, or None where they do not fit."""
     named = {_MODERN_NAMES.get(name, name): array for name, array in weights.items()}
     if all(variable.name in named for variable in variables):
         arrays = [named[variable.name] for variable in variables]

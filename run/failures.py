@@ -1,141 +1,144 @@
-"""What a run can meet from outside, each told in one line with what to do about it."""
+"""What can end a run from outside, each explained in one line with what to do."""
 
+from __future__ import annotations
+
+import contextlib
 import errno
+import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+from core import environment, signals
+from core.errors import RunError
+from core.units import MB
+from run.report import Progress, summary_record
 from selection import SCHEMES
 
-MB = 10**6
+log = logging.getLogger("adabet")
+
+
+@contextlib.contextmanager
+def summarized(run: Progress) -> Iterator[None]:
+    """Writes summary.json if the run fails or a signal ends it, and explains known failures.
+
+    Raises:
+        RunError: for a failure that one of `FAILURES` explains.
+    """
+    try:
+        yield
+    except BaseException as error:
+        signals.hold()  # a second signal must not cost the summary
+        is_signal = isinstance(error, tuple(signals.EXCEPTIONS.values()))
+        run.result.status = "interrupted" if is_signal else "failed"
+        if not run.cfg.select_only:
+            with contextlib.suppress(OSError):  # the first failure is the one to report
+                run.folder.write_json("summary.json", summary_record(run))
+        if is_signal:
+            log.info("To resume: python main.py --resume %s", run.folder.path)
+        message = explain(error, run)
+        if message is None:
+            raise
+        raise RunError(message) from error
+
+
+def explain(error: BaseException, run: Progress) -> str | None:
+    """Returns one line about a failure with an outside cause, or None for any other."""
+    return next((failure.explain(error, run) for failure in FAILURES if failure.matches(error, run)), None)
 
 
 @dataclass(frozen=True)
-class Situation:
-    """Where a run stood.
+class Failure:
+    """One row of the table. Both functions take the exception and the run's Progress."""
 
-    Attributes:
-        cfg: Config.
-        folder: pathlib.Path. The run folder.
-        network: models.Network.
-        selection: selection.Selection, or None where it was still selecting.
-        batch_size: int. Images of a training batch.
-    """
-
-    cfg: object
-    folder: Path
-    network: object
-    selection: object
-    batch_size: int
-
-
-def explained(error, situation):
-    """Returns what to say of an error that the world outside made, or None for any other.
-
-    Args:
-        error: Exception.
-        situation: Situation.
-    """
-    return next((fault.tell(error, situation) for fault in FAULTS if fault.is_it(error, situation)), None)
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One row of the table: functions of (error, Situation)."""
-
-    is_it: Callable  # -> bool
-    tell: Callable  # -> str
+    matches: Callable[[BaseException, Progress], object]
+    explain: Callable[[BaseException, Progress], str]
 
 
 def _name(error):
-    return type(error).__name__  # TensorFlow's classes without TensorFlow
+    return type(error).__name__  # recognizes TensorFlow's classes without importing TensorFlow
 
 
-def _is_folder_gone(error, situation):
-    return not situation.folder.is_dir() and (isinstance(error, OSError) or _name(error) == "NotFoundError")
+def _folder_is_gone(error, run):
+    return not run.folder.path.is_dir() and (isinstance(error, OSError) or _name(error) == "NotFoundError")
 
 
-def _folder_gone(error, situation):
+def _explain_folder(error, run):
     return (
-        f"the run folder must stay while the run is at work. Received: {situation.folder}, which is gone, and with it "
-        "what the run had written; start it anew."
+        f"the run folder must stay until the run ends. Received: {run.folder.path}, which is gone with all its "
+        "files; start the run again."
     )
 
 
-def _is_disk_full(error, situation):
-    # TensorFlow's own writers say ResourceExhausted, as for memory.
+def _disk_is_full(error, run):
+    # TensorFlow's own writers raise ResourceExhaustedError, as for memory.
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(
         "No space left on device|File too large|Disk quota exceeded", str(error)
     )
 
 
-def _disk_full(error, situation):
+def _explain_disk(error, run):
     return (
-        f"the disk must have room for the run folder. Received: {error}; make room, and go on with --resume "
-        f"{situation.folder}: what was written before is whole."
+        f"the disk must have room for the run folder. Received: {error}; free some space, then continue with --resume "
+        f"{run.folder.path}: the files written so far are intact."
     )
 
 
-def _is_out_of_memory(error, situation):
+def _memory_ran_out(error, run):
     return isinstance(error, MemoryError) or _name(error) == "ResourceExhaustedError"
 
 
-def _out_of_memory(error, situation):
-    """Says what was needed, and by the estimator the largest batch that would fit."""
+def _explain_memory(error, run):
+    """Names the memory that was needed, and the largest batch that is estimated to fit."""
     import tensorflow as tf
 
-    from core import environment
     from memory import budget, estimate
 
-    cfg, network = situation.cfg, situation.network
-    training = [weight.path for weight in network.trainable_weights if weight.trainable]
+    cfg, model = run.cfg, run.network.model
+    trained = [weight.path for weight in run.network.trainable_weights if weight.trainable]
     reads = SCHEMES[cfg.train_type].reads
-    selecting = situation.selection is None
-    flag, images = (
-        ("--betti_points", cfg.betti_points) if selecting and "betti_points" in reads else ("--batch_size", None)
-    )
-    images = images or situation.batch_size
+    is_selecting = run.selection is None
+    uses_points = is_selecting and "betti_points" in reads
+    flag = "--betti_points" if uses_points else "--batch_size"
+    num_images = (uses_points and cfg.betti_points) or run.images.batch_size
 
-    def needs(images):
-        if selecting:
-            return estimate.of_inference(network.model, (images, *network.model.inputs[0].shape[1:])).bytes
-        return budget.peak_bytes(network, training, cfg, images)  # compiled anew for each size: a trace has one
+    def needed(num_images):
+        if is_selecting:
+            return estimate.of_inference(model, (num_images, *model.inputs[0].shape[1:])).bytes
+        return budget.peak_bytes(run.network, trained, cfg, num_images)
 
-    # What the allocator held when it could get no more: that much there is.
-    had = tf.config.experimental.get_memory_info(environment.device())["peak"]
-    what = "the selection's forward pass" if selecting else "a training step"
-    told = f"out of memory: {what} on {images} images needs {needs(images) / MB:.0f} MB by estimate, and {had / MB:.0f} MB were to be had"
-    fitting = images // 2
-    while fitting and needs(fitting) > had:
+    # The allocator's peak when it failed is what this machine can give.
+    available = tf.config.experimental.get_memory_info(environment.device())["peak"]
+    step = "the selection's forward pass" if is_selecting else "a training step"
+    fitting = num_images // 2
+    while fitting and needed(fitting) > available:
         fitting //= 2
-    advice = [
-        f"start anew with {flag} {fitting}, estimated at {needs(fitting) / MB:.0f} MB"
-        if fitting
-        else "lower --input_size"
-    ]
-    if not selecting and "memory_budget_mb" in reads:
-        advice.append(f"with --memory_budget_mb {had / MB:.0f}, which trains as many layers as fit")
-    return f"{told}; {', or '.join(advice)}."
+    advice = [f"use {flag} {fitting}, estimated at {needed(fitting) / MB:.0f} MB" if fitting else "lower --input_size"]
+    if not is_selecting and "memory_budget_mb" in reads:
+        advice.append(f"--memory_budget_mb {available / MB:.0f}, which trains as many layers as fit")
+    return (
+        f"out of memory: {step} on {num_images} images needs {needed(num_images) / MB:.0f} MB by estimate, and "
+        f"{available / MB:.0f} MB were available; {', or '.join(advice)}."
+    )
 
 
-def _is_data_gone(error, situation):
+def _data_are_gone(error, run):
     return _name(error) in ("NotFoundError", "DataLossError")
 
 
-def _data_gone(error, situation):
+def _explain_data(error, run):
     found = re.search(r"(\S+); No such file or directory", str(error))
     what = f"{found[1]}, which is gone" if found else " ".join(str(error).split())[:200]
     return (
-        f"the data must stay as they were while a run reads them. Received: {what}; put that back, and go on with "
-        f"--resume {situation.folder}."
+        f"the data must not change while a run reads them. Received: {what}; restore that, then continue with --resume "
+        f"{run.folder.path}."
     )
 
 
-# The first that fits is told.
-FAULTS = (
-    Fault(_is_folder_gone, _folder_gone),
-    Fault(_is_disk_full, _disk_full),
-    Fault(_is_out_of_memory, _out_of_memory),
-    Fault(_is_data_gone, _data_gone),
+# The first row that matches explains the failure.
+FAILURES = (
+    Failure(_folder_is_gone, _explain_folder),
+    Failure(_disk_is_full, _explain_disk),
+    Failure(_memory_ran_out, _explain_memory),
+    Failure(_data_are_gone, _explain_data),
 )

@@ -1,4 +1,9 @@
-"""The run folder: its name, its files, and that each of them is whole at any moment."""
+"""The run folder: its name, its files, and the log.
+
+Every file is complete at any time: a reader never finds a part of it.
+"""
+
+from __future__ import annotations
 
 import csv
 import fcntl
@@ -16,24 +21,25 @@ from pathlib import Path
 from core.config import Config
 from core.errors import RunError, UsageError
 from core.files import CHECKPOINTS, PARTIAL, write_whole
+from data import path_name
 
 log = logging.getLogger("adabet")
 
-# What a run was told only about where to write or how much to say.
+# Flags that only say where a run writes and how much it prints.
 _WITHOUT_EFFECT = {
     "log_dir", "run_name", "resume", "checkpoint_minutes", "save_model", "save_txt", "save_litert", "litert_momentum",
-    "litert_batch", "litert_frozen", "select_only", "list_layers", "debug",
-    "data_dir", "prepare_only",
+    "litert_batch", "litert_frozen", "select_only", "list_layers", "debug", "data_dir", "prepare_only",
+    "cache_dir", "cache_limit_gb", "clear_cache",
 }  # fmt: skip
 MAX_NAME_BYTES = 200  # file systems take 255; a temporary file of RUN_NAME.txt has a longer name
 _LIBRARIES = ("tensorflow", "keras", "keras-hub", "tensorflow-datasets", "gudhi", "numpy", "scipy", "scikit-learn")
 
 
-def set_up_logging():
+def set_up_logging() -> logging.Handler:
     """Sends the program's log to stderr, and keeps it for the run folder's log.txt.
 
     Returns:
-        logging.Handler that `create` empties into log.txt.
+        logging.Handler that `RunFolder` empties into log.txt.
     """
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -49,67 +55,64 @@ def set_up_logging():
 
 
 class _PlainFormatter(logging.Formatter):
-    """The message alone, with its level where that is more than a note."""
+    """Formats a message alone, or with its level from a warning on."""
 
     def format(self, record):
         message = super().format(record)
         return message if record.levelno <= logging.INFO else f"{record.levelname.capitalize()}: {message}"
 
 
-def check_place(cfg):
-    """Refuses a log folder or run name that can't be had, before any work.
+def check_place(cfg: Config) -> None:
+    """Checks that the log folder can be written to and that the run name is valid and new.
 
     Raises:
-        UsageError: the folder can't be made, the name has a path in it, or the
-            run exists already.
+        UsageError: if the folder cannot be created, the name is not a plain folder
+            name, or the run exists already.
     """
     log_dir = Path(cfg.log_dir)
     nearest = log_dir.absolute()
-    while not os.path.lexists(nearest) and nearest != nearest.parent:  # a link to nothing is there, too
+    while not os.path.lexists(nearest) and nearest != nearest.parent:  # a dangling link exists too
         nearest = nearest.parent
     if cfg.log_dir == "" or "\0" in cfg.log_dir or not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UsageError(
-            f"--log_dir must be a folder that can be made and written to. Received: {cfg.log_dir!r} ({nearest} is no "
-            "such folder); name another."
+            f"--log_dir must be a folder that can be created and written to. Received: {cfg.log_dir!r} ({nearest} is "
+            "not writable); choose another folder."
         )
     if cfg.run_name is None:
         return
     if not _plain_name(cfg.run_name):
         shown = cfg.run_name if len(cfg.run_name) <= MAX_NAME_BYTES else cfg.run_name[:40] + "..."
         raise UsageError(
-            f"--run_name must be a plain folder name: printable, without separators, of 1 to {MAX_NAME_BYTES} bytes, and "
-            f"not beginning with a dot or a dash. Received: {shown!r}; the folder around it is --log_dir."
+            f"--run_name must be a plain folder name: printable, without separators, of 1 to {MAX_NAME_BYTES} bytes, "
+            f"and not starting with a dot or a dash. Received: {shown!r}; --log_dir sets the folder that contains it."
         )
     if not cfg.resume and exists(cfg):
         raise UsageError(
-            f"--run_name must be new in --log_dir. Received: {cfg.run_name!r}, which {cfg.log_dir} has already; choose "
-            "another name, remove that run, or go on with it by --resume."
+            f"--run_name must be new in --log_dir. Received: {cfg.run_name!r}, which exists in {cfg.log_dir}; choose "
+            "another name, delete that run, or resume it with --resume."
         )
 
 
 def _plain_name(name):
-    """Says whether a folder of this name lies in its parent, on any system, and is no option to other programs."""
+    """Returns whether a name is a folder's own name on every system, and not an option to other programs."""
     return (
-        name.isprintable()  # which NUL, line ends and bytes that are no Unicode are not
+        name.isprintable()  # excludes NUL, line ends and bytes that are not Unicode
         and not set(name) & set("/\\")
         and not name.startswith((".", "-"))
         and 0 < len(name.encode()) <= MAX_NAME_BYTES
     )
 
 
-def exists(cfg):
-    """Says whether the folder of `--run_name` is there."""
+def exists(cfg: Config) -> bool:
+    """Returns whether the folder of `--run_name` exists."""
     return os.path.lexists(Path(cfg.log_dir, cfg.run_name))
 
 
-def recorded(folder):
-    """Returns a run folder's config.json, or None where the run ended before it had one.
-
-    Args:
-        folder: pathlib.Path.
+def recorded(folder: Path) -> dict | None:
+    """Returns the content of a run folder's config.json, or None if there is no such file.
 
     Raises:
-        UsageError: there is something else.
+        UsageError: if the file is unreadable or holds something else.
     """
     try:
         record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -117,78 +120,78 @@ def recorded(folder):
         return None
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"a run folder has a readable config.json. Received: {folder} ({error}); start a new run."
+            f"a run folder must have a readable config.json. Received: {folder} ({error}); start a new run."
         ) from None
     if not isinstance(record, dict):
         raise UsageError(
-            f"a run folder has a config.json of flags. Received: {folder} with another one; start a new run."
+            f"a run folder's config.json must hold the flags. Received: {folder}, where it does not; start a new run."
         )
     return record
 
 
-def finished_summary(folder):
-    """Returns a run folder's summary.json where it says done, else None."""
+def finished_summary(folder: Path) -> dict | None:
+    """Returns the content of a run folder's summary.json if its status is done, else None."""
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         return summary if summary["status"] == "done" else None
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # missing, or something else's
+        return None
 
 
 class RunFolder:
-    """One run's folder, made when the first file is due, and this process's alone as long as it lives.
+    """A run's folder. It is locked while this process lives.
 
     Attributes:
         path: pathlib.Path.
         name: str.
     """
 
-    def __init__(self, cfg, early_log):
-        """Makes the folder, or takes up the one that is there, and opens log.txt.
+    def __init__(self, cfg: Config, early_log: logging.Handler):
+        """Creates the folder, or opens that of a run to resume, and starts log.txt.
 
         Args:
-            cfg: Config. Its run_name is used as it is, or made from the run's main
-                settings with a number where that exists.
-            early_log: logging.Handler that has what was logged so far.
+            cfg: Config. Without a run_name, the name is made from the run's main
+                settings, with a number if that exists.
+            early_log: logging.Handler that holds the log so far.
 
         Raises:
-            UsageError: a given name exists by now, or another process is at that run.
-            RunError: the folder can't be made.
+            UsageError: if a given name exists, or another process uses the run.
+            RunError: if the folder cannot be created.
         """
         log_dir = Path(cfg.log_dir)
         try:
             log_dir.mkdir(parents=True, exist_ok=True)
-            self.path = next(path for path in _candidate_paths(cfg, log_dir) if _made(path) or cfg.resume)
+            self.path = next(path for path in _candidate_paths(cfg, log_dir) if _created(path) or cfg.resume)
             self.name = self.path.name
             handler = _FileHandler(self.path / "log.txt", encoding="utf-8")
-            fcntl.flock(handler.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it with the process
+            fcntl.flock(handler.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it when the process ends
         except StopIteration:
             raise UsageError(f"--run_name must be new in --log_dir. Received: {cfg.run_name!r}.") from None
         except BlockingIOError:
             handler.close()
             raise UsageError(
-                f"a run is one process's at a time. Received: {self.path}, at which another process is at work; wait for "
-                "that, or choose another --run_name."
+                f"one process at a time may use a run folder. Received: {self.path}, which another process is using; "
+                "wait for it, or choose another --run_name."
             ) from None
         except OSError as error:
-            raise RunError(f"the run folder can't be made in {cfg.log_dir}: {error}") from error
+            raise RunError(f"the run folder cannot be created in {cfg.log_dir}: {error}") from error
         for partial in [*self.path.glob(f"{PARTIAL}*"), *self.path.glob(f"{CHECKPOINTS}/{PARTIAL}*")]:
-            partial.unlink()  # what SIGKILL left of a file that was being written
+            partial.unlink()  # SIGKILL has interrupted its writing
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         early_log.setTarget(handler)
         early_log.close()
         log.removeHandler(early_log)
         log.addHandler(handler)
 
-    def write_json(self, name, content):
-        """Writes `content` as NAME, whole or not at all. NaN is an error: undefined is null."""
+    def write_json(self, name: str, content) -> None:
+        """Writes `content` to the file `name`. Undefined values must be None: NaN raises ValueError."""
         write_whole(self.path / name, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
-    def write_metrics(self, rows):
-        """Writes metrics.csv with one row an epoch.
+    def write_metrics(self, rows: list[dict]) -> None:
+        """Writes metrics.csv with one row per epoch.
 
         Args:
-            rows: list of dict with the same keys, the columns in order.
+            rows: list of dict. The keys, equal in all rows, are the columns.
         """
         table = io.StringIO()
         writer = csv.DictWriter(table, rows[0].keys(), lineterminator="\n")
@@ -196,73 +199,75 @@ class RunFolder:
         writer.writerows(rows)
         write_whole(self.path / "metrics.csv", table.getvalue())
 
-    def write_txt(self, summary):
-        """Writes RUN_NAME.txt beside the folder: hours of training and accuracy, one a line."""
+    def write_txt(self, summary: dict) -> None:
+        """Writes RUN_NAME.txt beside the folder: hours of training and accuracy, one per line."""
         write_whole(self.path.parent / f"{self.name}.txt", f"{summary['train_s'] / 3600}\n{summary['accuracy']}\n")
 
-    def save_model(self, model):
-        """Writes model.keras: raw images to logits, loadable by plain Keras."""
+    def save_model(self, model) -> None:
+        """Writes model.keras, from raw images to logits, which plain Keras loads."""
         import keras
 
         temporary = self.path / f"{PARTIAL}model.keras"
         try:
-            # The same layers, not compiled: without optimizer and metrics of ours to load.
+            # The same layers, not compiled: the file needs no optimizer or metric of ours.
             keras.Model(model.inputs, model.outputs, name=model.name).save(temporary)
             os.replace(temporary, self.path / "model.keras")
         finally:
             temporary.unlink(missing_ok=True)
         log.info("Model: %s", self.path / "model.keras")
 
-    def finish(self):
-        """Removes the checkpoints, which a finished run needs no more."""
+    def finish(self) -> None:
+        """Deletes the checkpoints of a finished run."""
         shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
 
 
 class _FileHandler(logging.FileHandler):
-    """A log file that may fail: a full disk ends the run by the first result that it can't take, not by a note."""
+    """A log file whose errors are ignored: a full disk ends the run when a result cannot be written."""
 
     def handleError(self, record):
         pass
 
 
-def fingerprint(cfg, facts):
+def fingerprint(cfg: Config, facts: dict) -> str:
     """Returns a short digest of all that changes a run's results.
 
-    Two runs with the same fingerprint and device give the same numbers: what a
-    sweep calls the same run.
+    Two runs with the same fingerprint on the same device, with the same oneDNN setting,
+    give the same numbers. A sweep regards them as the same run.
 
     Args:
         cfg: Config.
-        facts: dict. What else decides: versions of libraries, data and weights.
+        facts: dict. The versions of libraries, data and weights, and whether features are
+            cached, which stands in place of `cache_features`: memory and disk give the same bits.
     """
-    text = json.dumps({**decisive(asdict(cfg)), **facts}, sort_keys=True, default=str)
+    settings = {**decisive(asdict(cfg)), **facts}
+    text = json.dumps({**settings, "cache_features": None}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def decisive(settings):
-    """Returns those of a dict of flags that change a run's results."""
+def decisive(settings: dict) -> dict:
+    """Returns the entries of a dict of flags that change a run's results."""
     return {key: value for key, value in settings.items() if key not in _WITHOUT_EFFECT}
 
 
-def differing_flags(cfg, record):
-    """Returns the names of the flags that change results and differ from a config.json, in order.
+def differing_flags(cfg: Config, record: dict) -> list[str]:
+    """Returns the names of the flags that change results and differ from a config.json.
 
     Args:
         cfg: Config.
         record: dict. The content of config.json.
     """
-    plain = asdict(Config())  # a record from before a flag existed had its default
+    plain = asdict(Config())  # a record without the flag is older than it and had its default
     had = {field.name: record.get(field.name, plain[field.name]) for field in fields(Config)}
     wanted = decisive(asdict(cfg))
     if wanted["bn_stats"] == "auto":
         pretrained = (record.get("weights_provenance") or {}).get("source") != "none"
-        wanted["bn_stats"] = had["bn_stats"] and ("stored" if pretrained else "batch")  # None: nothing to normalise
+        wanted["bn_stats"] = had["bn_stats"] and ("stored" if pretrained else "batch")  # None: no normalization
     if wanted["num_classes"] is None:
-        wanted["num_classes"] = had["num_classes"]  # it only checks the data, whose count is recorded
+        wanted["num_classes"] = had["num_classes"]  # the flag only checks the data, whose count is recorded
     return [name for name, value in wanted.items() if value != had[name]]
 
 
-def library_versions():
+def library_versions() -> dict[str, str]:
     """Returns {name: version} of Python and the libraries that results depend on."""
     from importlib.metadata import version
 
@@ -273,7 +278,7 @@ def _candidate_paths(cfg, log_dir):
     if cfg.run_name is not None:
         yield log_dir / cfg.run_name
         return
-    parts = [cfg.model_name, cfg.dataset_name.replace("/", "-").replace(":", "-"), cfg.train_type]
+    parts = [cfg.model_name, path_name(cfg.dataset_name), cfg.train_type]
     if cfg.rho is not None:
         parts.append(f"rho{cfg.rho:g}")
     name = "_".join([*parts, f"seed{cfg.seed}"])
@@ -284,8 +289,8 @@ def _candidate_paths(cfg, log_dir):
         number += 1
 
 
-def _made(path):
-    """Makes the folder; False where it exists. The system decides between two runs of one name."""
+def _created(path):
+    """Creates the folder and returns True, or returns False if it exists: one of two runs gets the name."""
     try:
         path.mkdir()
     except FileExistsError:

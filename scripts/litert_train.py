@@ -29,9 +29,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from core.errors import RunError, UsageError  # noqa: E402
-from core.files import whole_file  # noqa: E402
-from data import splits  # noqa: E402
+from core.errors import RunError, UsageError
+from core.files import whole_file
+from data import splits
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 SPLITS = ("train", "validation", "test")

@@ -1,16 +1,16 @@
-"""Draws run folders: five pictures, each as PNG and PDF; no display is needed.
+"""Draws plots of run folders, as PNG and PDF.
 
     python scripts/plot.py logs --out docs/plots
     python scripts/plot.py logs --out docs/plots --only profile,tradeoff --png_only
 
-profile    b1 and score of each layer in forward order, the chosen ones marked
+profile    b1 and score of each layer in forward order, the selected ones marked
 memory     measured peak memory per network: inference, AdaBet, full training
 tradeoff   accuracy against memory and against time per epoch, with the Pareto front
 rho        accuracy over rho
 curves     held-out accuracy and training loss by epoch
 
-Inference isn't part of a run, so `memory` measures it now, in a process of its
-own for each network, at the run's batch and input size.
+A run does not measure inference. `memory` measures it in a new process per network, at
+the run's batch and input size.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from core.config import Config
 from core.errors import UsageError
 from selection import SCHEMES
 
-# Okabe and Ito's colours: distinct for the colour-blind; markers and dashes tell them apart in grey.
+# The colours of Okabe and Ito, distinct for colour-blind readers; markers and dashes distinguish them in grey.
 BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C8C"
 COLOURS = (BLUE, ORANGE, GREEN, RED, PINK, SKY, "#000000")
 MARKERS = "osD^vPX<>*hp"
@@ -41,13 +41,13 @@ ADABET, FULL = Config.train_type, "full_training"
 MB = 1e6  # bytes
 
 plt.rcParams.update({
-    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.color": "#E3E3E3",
-    "figure.dpi": 150, "savefig.bbox": "tight", "legend.frameon": False, "pdf.fonttype": 42,
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "grid.color": "#E3E3E3", "figure.dpi": 150, "savefig.bbox": "tight", "legend.frameon": False, "pdf.fonttype": 42,
 })  # fmt: skip
 
 
 def main(argv=None):
-    """Runs the command line; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     parser = argparse.ArgumentParser(prog="plot.py", description="Pictures of run folders.", allow_abbrev=False)
     parser.add_argument("log_dirs", nargs="+", metavar="LOG_DIR", help="folders of run folders")
     parser.add_argument("--out", required=True, metavar="DIR", help="where to put the pictures")
@@ -111,7 +111,7 @@ def styles(names):
 
 
 def profile(found):
-    """Yields a picture of b1 and score per layer for each network, data set and ranking scheme, its first seed."""
+    """Yields a plot of b1 and score per layer for each network, data set and ranking scheme, of the first seed."""
     drawn = set()
     for run in found:
         selection = run.selection()
@@ -164,7 +164,7 @@ def profile(found):
 
 
 def memory(found):
-    """Yields the picture of peak memory per network: three bars each, one picture a data set."""
+    """Yields a plot of peak memory per data set, with three bars per network."""
     for dataset in dict.fromkeys(run.pair[1] for run in found):
         figures = {}
         for model in dict.fromkeys(run.pair[0] for run in found):
@@ -206,7 +206,7 @@ def _peaks(members):
 
 
 def inference_peak_bytes(config):
-    """Returns the allocator's peak over a forward pass of one batch, in a fresh process; None where it can't be had.
+    """Returns the allocator's peak over a forward pass of one batch, in a new process, or None.
 
     Args:
         config: dict. A run's config.json.
@@ -214,13 +214,15 @@ def inference_peak_bytes(config):
     wanted = {key: config[key] for key in ("model_name", "input_size", "batch_size", "num_classes")}
     result = subprocess.run([sys.executable, __file__, "--measure", json.dumps(wanted)], capture_output=True, text=True)
     if result.returncode:
-        print(f"inference of {config['model_name']} can't be measured: {result.stderr.strip()[-300:]}", file=sys.stderr)
+        print(
+            f"inference of {config['model_name']} cannot be measured: {result.stderr.strip()[-300:]}", file=sys.stderr
+        )
         return None
     return json.loads(result.stdout.splitlines()[-1])
 
 
 def measure_inference(wanted):
-    """Prints the peak of a forward pass: what `inference_peak_bytes` asks of its process."""
+    """Prints the peak of a forward pass, in the process of `inference_peak_bytes`."""
     from core import environment
 
     environment.load_tensorflow()
@@ -244,11 +246,8 @@ def measure_inference(wanted):
 
 
 def tradeoff(found):
-    """Yields a picture for each network and data set: a point a scheme, the mean over seeds."""
-    costs = (
-        ("peak_memory_bytes_measured", MB, "peak memory, measured (MB)"),
-        ("epoch_s", 1, "time per epoch (s)"),
-    )
+    """Yields a plot for each network and data set, with one point per scheme, the mean over seeds."""
+    costs = (("peak_memory_bytes_measured", MB, "peak memory, measured (MB)"), ("epoch_s", 1, "time per epoch (s)"))
     for pair, members, stem in by_pair(done(found)):
         columns = run_folders.labelled(members)
         if len(columns) < 2:
@@ -304,7 +303,7 @@ def pareto(points):
 
 
 def over_rho(found):
-    """Yields a picture for each network and data set with a scheme at several rhos."""
+    """Yields a plot for each network and data set with a scheme at several rhos."""
     for pair, members, stem in by_pair(done(found)):
         lines, levels = {}, {}
         for name, runs in run_folders.labelled(members).items():
@@ -340,7 +339,7 @@ def over_rho(found):
 
 
 def curves(found):
-    """Yields a picture for each network and data set: a line a scheme, the mean over seeds, their range shaded."""
+    """Yields a plot for each network and data set, with the mean over seeds per scheme and their range."""
     for pair, members, stem in by_pair(found):
         columns = {
             name: [m for run in runs if (m := run.metrics())] for name, runs in run_folders.labelled(members).items()

@@ -1,4 +1,4 @@
-"""Reads run folders for the tables and pictures, half-finished ones too."""
+"""Reads run folders, unfinished ones too, for tables and plots."""
 
 import csv
 import json
@@ -10,20 +10,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from core.config import Config  # noqa: E402
-from core.errors import UsageError  # noqa: E402
-from data import DATASETS  # noqa: E402
-from models import BACKBONES  # noqa: E402
-from run import flags  # noqa: E402
-from run.folder import decisive  # noqa: E402
-from selection import SCHEMES, SELECTION_FLAGS  # noqa: E402
+from sweeping.board import read_failures
+
+from core.config import Config
+from core.errors import UsageError
+from data import DATASETS
+from models import BACKBONES
+from run import flags
+from run.folder import decisive
+from selection import SCHEMES, SELECTION_FLAGS
 
 _FILES = ("config.json", "summary.json", "selection.json", "metrics.csv", "log.txt")
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a run folder says.
+    """The content of a run folder.
 
     Attributes:
         folder: pathlib.Path.
@@ -45,7 +47,7 @@ class Run:
 
     @property
     def scheme(self):
-        """(scheme, rho), rho None where the scheme reads none."""
+        """(scheme, rho), with rho None if the scheme does not read it."""
         return self.config["train_type"], self.config["rho"]
 
     @property
@@ -57,7 +59,7 @@ class Run:
         return _json(self.folder / "selection.json")
 
     def metrics(self):
-        """Returns metrics.csv as a list of dict of numbers; empty where there is none."""
+        """Returns metrics.csv as a list of dict of numbers, empty without a file."""
         try:
             with open(self.folder / "metrics.csv", newline="") as file:
                 return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
@@ -66,7 +68,7 @@ class Run:
 
 
 def read(log_dirs):
-    """Reads all runs beneath some log folders.
+    """Reads all runs of some log folders.
 
     Args:
         log_dirs: list of str. Folders of run folders, or run folders themselves.
@@ -74,15 +76,15 @@ def read(log_dirs):
     Returns:
         runs: list of Run, in the order of the program's tables of networks, data
             sets and schemes. Those of `--select_only` are left out.
-        notes: list of str. What couldn't be read, a line each.
+        notes: list of str. One line per folder that could not be read.
 
     Raises:
-        UsageError: a folder isn't there.
+        UsageError: if a folder is not there.
     """
     runs, notes = [], []
     for log_dir in map(Path, log_dirs):
         if not log_dir.is_dir():
-            raise UsageError(f"a folder of run folders is needed. Received: {log_dir}, which is none.")
+            raise UsageError(f"a log folder must exist. Received: {log_dir}; check the path.")
         itself = [log_dir] if (log_dir / "config.json").exists() else []
         for folder in itself or sorted(path for path in log_dir.iterdir() if path.is_dir()):
             if not any((folder / name).exists() for name in _FILES):
@@ -109,10 +111,10 @@ def _json(path):
 
 
 def _failed_without_a_folder(log_dir):
-    """Returns the runs of a sweep's failures.json that never came to a folder."""
+    """Returns the runs of a sweep that failed before they had a folder."""
     failed = []
     log = logging.getLogger("adabet")
-    for name, failure in (_json(log_dir / "sweep" / "failures.json") or {}).items():
+    for name, failure in read_failures(log_dir).items():
         if (log_dir / name).exists():
             continue
         level = log.level
@@ -138,7 +140,7 @@ def _place(run):
 
 
 def settings(run):
-    """Returns all that changes a run's results but its seed, hashable values by flag."""
+    """Returns the flags that change a run's results, except the seed, as hashable values."""
     names = {field.name for field in fields(Config)}
     record = {key: value for key, value in run.config.items() if key in names}
     weights = run.config.get("weights_provenance") or {}
@@ -180,7 +182,10 @@ def labelled(runs):
         # What failed without a folder never saw its weights: it differs from nothing in them.
         known = [run for run in members if run.config.get("weights_provenance")]
         flags_in_name = sorted({
-            name for pair in pairs if (of_pair := [run for run in known if run.pair == pair]) for name in varying(of_pair)
+            name
+            for pair in pairs
+            if (of_pair := [run for run in known if run.pair == pair])
+            for name in varying(of_pair)
         })  # fmt: skip
         for run in members:
             found = settings(run)
@@ -191,7 +196,7 @@ def labelled(runs):
 
 
 def plain(flag, value):
-    """Returns a flag's value as names and notes show it."""
+    """Returns a flag's value as text for names and notes."""
     if flag == "weights":
         asked, digest = value
         return asked if not digest or digest == asked else f"{asked}:{digest[:8]}"
@@ -199,7 +204,7 @@ def plain(flag, value):
 
 
 def one_per_seed(runs):
-    """Returns {seed: Run} of the finished ones, the last of several, and how many are left out."""
+    """Returns {seed: Run} of the finished runs, the last if there are several, and the number of others."""
     done = [run for run in runs if run.status == "done"]
     by_seed = {run.seed: run for run in done}
     return by_seed, len(done) - len(by_seed)

@@ -4,8 +4,8 @@
     python scripts/table.py logs more_logs --out docs/results
 
 Accuracy is the mean +- the sample standard deviation over seeds, the best of a
-row in bold; beside it measured peak memory, time per epoch and selection time.
-`--out` writes table.csv (a line a cell, tidy), table.md and table.tex.
+row in bold; beside it are measured peak memory, time per epoch and selection time.
+`--out` writes table.csv (one line per cell), table.md and table.tex.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from core.files import write_whole
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of summary.json and how it is shown."""
+    """An entry of summary.json and its format."""
 
     title: str
     key: str
@@ -47,20 +47,20 @@ class Cell:
     """The runs of one network, data set and column.
 
     Attributes:
-        runs: list of Run. Finished, one a seed.
-        lacking: str. What there is to say of runs that lack; empty if none does.
+        runs: list of Run. The finished runs, one per seed.
+        lacking: str. A note on missing runs; empty if none is missing.
     """
 
     runs: list
     lacking: str
 
     def mean(self, metric):
-        """Returns the mean over seeds, None without a value."""
+        """Returns the mean over seeds, or None without a value."""
         values = self._values(metric)
         return statistics.fmean(values) if values else None
 
     def sd(self, metric):
-        """Returns the sample standard deviation over seeds, None for fewer than two."""
+        """Returns the sample standard deviation over seeds, or None for fewer than two."""
         values = self._values(metric)
         return statistics.stdev(values) if len(values) > 1 else None
 
@@ -70,7 +70,7 @@ class Cell:
 
 
 def main(argv=None):
-    """Runs the command line; returns the exit code."""
+    """Runs the command line and returns the exit code."""
     parser = argparse.ArgumentParser(prog="table.py", description="Tables of run folders.", allow_abbrev=False)
     parser.add_argument("log_dirs", nargs="+", metavar="LOG_DIR", help="folders of run folders")
     parser.add_argument("--out", metavar="DIR", help="also write table.csv, table.md and table.tex there")
@@ -127,7 +127,7 @@ class Table:
             self.notes.append(f"{repeated} repeated runs of a seed are left out; the last of each counts.")
 
     def complete_pairs(self, metric):
-        """Returns the rows in which no column lacks the figure: those that means can compare."""
+        """Returns the rows in which every column has the figure, so that means are comparable."""
         return [p for p in self.pairs if all(self.cells[p, c].mean(metric) is not None for c in self.columns)]
 
     def best(self, pair):
@@ -193,13 +193,13 @@ class Table:
                 _tex_row(map(_tex, ["model", "data set", *self.columns])), "\\midrule",
             ]  # fmt: skip
             *rows, means = self.rows(metric, lambda text: f"\\textbf{{{text}}}", "$\\pm$")
-            # The figures are TeX already; names and notes aren't.
+            # The figures are TeX already, names and notes are not.
             lines += [_tex_row([_tex(row[0]), _tex(row[1]), *row[2:]]) for row in rows]
             lines += ["\\midrule", _tex_row(means), "\\bottomrule", "\\end{tabular}", "\\end{table}", ""]
         return "\n".join([*lines, *(f"% {note}" for note in self.notes)]) + "\n"
 
     def csv(self):
-        """Returns one tidy table: a line a cell, undefined figures empty."""
+        """Returns one tidy table with a line per cell; undefined figures are empty."""
         text = io.StringIO()
         names = ["model_name", "dataset_name", "train_type", "rho", "column", "runs"]
         names += [f"{m.csv_name}_{part}" for m in METRICS for part in ("mean", "sd")]
@@ -217,7 +217,7 @@ class Table:
 
 
 def _lacking(here, by_seed, seeds):
-    """Says which runs a cell lacks: '' for none."""
+    """Returns a note on the runs that a cell lacks, empty if it lacks none."""
     missing = len(seeds) - len(by_seed)
     if not missing:
         return ""
@@ -230,10 +230,12 @@ def _lacking(here, by_seed, seeds):
 
 
 def _about(found, seeds):
-    """Returns what all of the table rests on."""
+    """Returns notes on the runs behind the table."""
     done = [run for run in found if run.status == "done"]
-    notes = [f"{len(done)} finished runs; seeds {', '.join(map(str, sorted(seeds)))}. Accuracy is that on the test split; "
-             "with several seeds mean and sample standard deviation, the best of a row in bold."]  # fmt: skip
+    notes = [
+        f"{len(done)} finished runs; seeds {', '.join(map(str, sorted(seeds)))}. Accuracy is that on the test split, "
+        "with several seeds as mean and sample standard deviation; the best of a row is bold."
+    ]
     values = {
         key: sorted({str(run.summary.get(key)) for run in done}) for key in ("protocol", "weights", "memory_device")
     }
@@ -241,13 +243,17 @@ def _about(found, seeds):
         weights = [{"none": "none (random)"}.get(name, name) for name in values["weights"]]
         notes.append(f"Protocol: {', '.join(values['protocol'])}. Pretrained weights: {', '.join(weights)}. "
                      f"Memory measured on: {', '.join(values['memory_device'])}.")  # fmt: skip
+    pruned = [run.summary for run in done if run.summary.get("channels_pruned") is not None]
+    if pruned:
+        shares = ", ".join(f"{summary['channels_pruned']} of {summary['channels']}" for summary in pruned)
+        notes.append(f"Channels pruned by prunetrain: {shares}. The masked network is neither smaller nor faster.")
     unfinished = [run for run in found if run.status != "done"]
     notes += [f"Not finished ({run.status}): {run.folder}" for run in unfinished]
     return notes
 
 
 def _unlike(found):
-    """Returns a note for each row whose columns differ in more than the scheme."""
+    """Returns a note for each row whose columns differ by more than the scheme."""
     notes = []
     done = [run for run in found if run.status == "done"]
     for pair in dict.fromkeys(run.pair for run in done):

@@ -1,17 +1,21 @@
 """Schemes that look at no image: fixed sets of weights, and control rankings."""
 
+from __future__ import annotations
+
 import difflib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from core.config import Config
 from core.errors import UsageError
-from selection.ranking import eligible_paths, matching, select_layers, select_top, select_weights
+from selection.ranking import Selection, eligible_paths, matching, select_layers, select_top, select_weights
 
 
-def everything(network, batches, cfg):
-    """Trains all weights, those of no candidate layer (class token, position embedding) too."""
+def everything(network, batches: Callable, cfg: Config) -> Selection:
+    """Trains all weights, including those of no candidate layer (class token, position embedding)."""
     eligible = set(eligible_paths(network, cfg))
     in_candidates = {w.path for c in network.candidates for w in c.weights}
     return select_layers(
@@ -19,12 +23,12 @@ def everything(network, batches, cfg):
     )
 
 
-def head_only(network, batches, cfg):
+def head_only(network, batches: Callable, cfg: Config) -> Selection:
     """Trains the classification head, the new last layer."""
     return select_layers(network, {network.head.path})
 
 
-def norms_and_biases(network, batches, cfg):
+def norms_and_biases(network, batches: Callable, cfg: Config) -> Selection:
     """Trains scales, shifts and biases (gamma, beta, bias) of all layers, and the head."""
     eligible = set(eligible_paths(network, cfg))
     chosen = {
@@ -37,26 +41,22 @@ def norms_and_biases(network, batches, cfg):
     return select_weights(network, chosen | {weight.path for weight in network.head.weights})
 
 
-def listed(network, batches, cfg):
+def listed(network, batches: Callable, cfg: Config) -> Selection:
     """Trains the layers that `--layers` names, and the head."""
     return select_layers(network, _listed_paths(network, cfg))
 
 
-def check_nothing(network, cfg, num_images):
-    """There is nothing to refuse."""
+def check_nothing(network, cfg: Config, num_images: int) -> None:
+    """Accepts everything."""
 
 
-def check_eligible(network, cfg, num_images):
-    """Refuses an `--exclude_layers` that fits no layer."""
+def check_eligible(network, cfg: Config, num_images: int) -> None:
+    """Raises UsageError if `--exclude_layers` matches no layer or all."""
     eligible_paths(network, cfg)
 
 
-def check_listed(network, cfg, num_images):
-    """Refuses a `--layers` that names no layer, or one that isn't there.
-
-    Raises:
-        UsageError: see there.
-    """
+def check_listed(network, cfg: Config, num_images: int) -> None:
+    """Raises UsageError if `--layers` names no layer, or one that the network does not have."""
     _listed_paths(network, cfg)
 
 
@@ -103,23 +103,23 @@ def _read_list(path):
     return selected
 
 
-# Rankings that look at no image: what AdaBet has to beat. The last two ask whether it
-# is the topology, or only the small activations near the output.
+# Control rankings, which AdaBet has to beat. The last two test whether the topology
+# matters, or only the small activations near the output.
 
-_DRAW = 7  # keeps these random numbers apart from those of the data
+_DRAW = 7  # separates these random numbers from those of the data
 
 
-def at_random(network, batches, cfg):
-    """Ranks the layers by random numbers, which the seed decides."""
+def at_random(network, batches: Callable, cfg: Config) -> Selection:
+    """Ranks the layers by random numbers drawn from the seed."""
     rng = np.random.default_rng([cfg.seed, _DRAW])
     return select_top(network, cfg, rng.random(len(network.candidates)).tolist())
 
 
-def nearest_the_output(network, batches, cfg):
-    """Ranks the layers by their place in the forward pass, the last first."""
+def nearest_the_output(network, batches: Callable, cfg: Config) -> Selection:
+    """Ranks the layers by their position in the forward pass, the last first."""
     return select_top(network, cfg, list(range(len(network.candidates))))
 
 
-def smallest_activation(network, batches, cfg):
+def smallest_activation(network, batches: Callable, cfg: Config) -> Selection:
     """Ranks the layers by the elements of their output, the fewest first."""
     return select_top(network, cfg, [-candidate.activation_size for candidate in network.candidates])

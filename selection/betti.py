@@ -1,52 +1,51 @@
 """First Betti numbers of point clouds: NumPy in, numbers out, no framework.
 
-Convention: b1 of a cloud is the number of H1 bars of its Vietoris-Rips
-persistence over all scales, Euclidean distances, coefficients in Z/2, every bar
-with death > birth, no threshold (arXiv 2510.03101).
+b1 of a cloud is the number of H1 bars of its Vietoris-Rips persistence over all scales,
+Euclidean distances, coefficients in Z/2, every bar with death > birth, no threshold
+(arXiv 2510.03101).
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-COEFFICIENT_FIELD = 2  # gudhi's own default is 11, ripser's is 2; torsion makes them differ
-MIN_POINTS = 4  # no Vietoris-Rips complex on fewer points has a loop
+COEFFICIENT_FIELD = 2  # gudhi's default is 11, ripser's is 2; they differ for spaces with torsion
+MIN_POINTS = 4  # a Vietoris-Rips complex on fewer points has no loop
 
-# What counting the bars of one cloud of n points takes, fitted on random clouds
-# of 128 to 2,048 points in 3 and 50 dimensions: within a factor of two of each.
+# Cost of counting the bars of one cloud of n points, fitted on random clouds of 128 to
+# 2,048 points in 3 and 50 dimensions; within a factor of two of each.
 _SECONDS_PER_POINT_CUBED = 6e-10
 _BYTES_PER_POINT_SQUARED = 64
 
-# Predicted work that is worth handing out to threads.
+# Predicted work that is worth several threads.
 _WORTH_THREADS_S = 0.05
 
 
-def betti_1(distances):
+def betti_1(distances: np.ndarray) -> int:
     """Returns the first Betti number of one point cloud.
 
     Args:
-        distances: array of shape (n, n), any real dtype. The distances between
-            its points: finite, symmetric, zero on the diagonal, not negative.
+        distances: array of shape (n, n), any real dtype. Finite, symmetric, zero on the
+            diagonal, not negative.
 
     Raises:
-        ValueError: the matrix breaks one of these rules.
+        ValueError: if the matrix breaks one of these rules.
     """
     return betti_1_of_each([distances])[0]
 
 
-def betti_1_of_each(matrices, num_threads=1):
+def betti_1_of_each(matrices: Sequence[np.ndarray], num_threads: int = 1) -> list[int]:
     """Returns the first Betti number of each distance matrix.
 
     Args:
-        matrices: list of arrays of shape (n, n), see `betti_1`.
-        num_threads: int. Clouds worked on at the same time at most, where that
-            pays; gudhi releases the interpreter while it works.
-
-    Returns:
-        list of int, one a matrix.
+        matrices: list of arrays of shape (n, n), as `betti_1` takes them.
+        num_threads: int. The largest number of threads, for large clouds; gudhi
+            releases the interpreter lock.
     """
-    # It takes a second to import, and only runs that rank by topology need it.
-    from gudhi.sklearn.rips_persistence import RipsPersistence
+    from gudhi.sklearn.rips_persistence import RipsPersistence  # takes a second to import
 
     work_s = sum(predicted_cost(len(matrix), 1)[0] for matrix in matrices)
     num_threads = num_threads if work_s > _WORTH_THREADS_S else 1
@@ -62,12 +61,12 @@ def betti_1_of_each(matrices, num_threads=1):
     return [int(np.count_nonzero(bars[:, 1] > bars[:, 0])) for bars in diagrams]
 
 
-def predicted_cost(num_points, num_clouds):
-    """Predicts what counting the bars of some clouds takes on one processor.
+def predicted_cost(num_points: int, num_clouds: int) -> tuple[float, int]:
+    """Predicts the cost of counting the bars of some clouds on one processor.
 
     Args:
-        num_points: int. Points of a cloud.
-        num_clouds: int. Clouds, worked on one after the other.
+        num_points: int. Points per cloud.
+        num_clouds: int. Clouds, one after the other.
 
     Returns:
         seconds: float.
@@ -79,24 +78,23 @@ def predicted_cost(num_points, num_clouds):
 def _ranks(distances):
     """Returns `distances` with each value replaced by its rank among the distinct values.
 
-    The complex changes at the distances' values in their order, so their ranks
-    give the same bars; but small integers are exact in any engine's floats, at
-    any scale of the cloud. Values that float32 can't tell apart share a rank:
-    activations are float32, so what differs by less is rounding, and ties (an
-    image that is in the batch twice) have to stay ties.
+    The complex changes at the distances in their order, so that their ranks give the
+    same number of bars. Ranks are small integers, which any engine represents exactly at
+    any scale of the cloud. Values that are equal in float32 share a rank: activations
+    are float32, so that a smaller difference is rounding, and ties (an image that is in
+    the batch twice) must stay ties.
     """
     distances = np.asarray(distances, dtype=np.float64)
     if distances.ndim != 2 or distances.shape[0] != distances.shape[1]:
         raise ValueError(f"distances must be a square matrix. Received: shape {distances.shape}")
-    # gudhi answers NaN with an empty diagram and negative values with a crash.
+    # gudhi returns an empty diagram for NaN, and crashes on negative values.
     if not np.isfinite(distances).all():
         raise ValueError("distances must be finite. Received: NaN or infinite values")
     if (distances < 0).any() or np.diagonal(distances).any():
         raise ValueError("distances must not be negative, and zero on the diagonal")
     if not np.array_equal(distances, distances.T):
         raise ValueError("distances must be symmetric")
-    # A power of two changes no digit, and keeps tiny and huge clouds inside
-    # float32's range.
+    # A power of two changes no digit and keeps every cloud within float32's range.
     _, exponent = np.frexp(distances.max(initial=0.0))
     rounded = np.ldexp(distances, -exponent).astype(np.float32)
     above = np.triu_indices(len(rounded), 1)

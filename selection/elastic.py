@@ -1,19 +1,28 @@
-"""ElasticTrainer: single tensors chosen by importance and time, and chosen again as training goes on.
+"""ElasticTrainer: single tensors selected by importance and time, again every `--interval` epochs.
 
-Every `--interval` epochs all tensors are ranked anew, on one batch of training
-images, and a dynamic programme takes the most important ones whose backward pass
-fits the budget (arXiv 2312.14227). `--rho` is the time of a training step, forward
-and backward pass, as a share of full training's.
+All tensors are ranked on one batch of training images, and a dynamic program selects
+the most important ones whose backward pass fits the time budget (arXiv 2312.14227).
+`--rho` is the time of a training step, forward and backward pass, as a share of a full
+step's.
 
-The head, being new, always trains; its time comes out of the budget first.
+Differences from the published code:
+
+* The gradients of gamma and beta cost what they cost; there they cost nothing.
+* The head is new and always trains, and its time is subtracted first; there it competes.
+* The dynamic program is exact up to its time resolution; there it is a heuristic.
+* Every importance is divided by its largest absolute value; there the magnitudes are not.
 """
+
+from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import numpy as np
 
+from core.config import Config
 from core.errors import RunError, UsageError
 from selection.elastic_budget import backward_share, backward_time, most_important
 from selection.elastic_timing import (
@@ -25,66 +34,72 @@ from selection.elastic_timing import (
     timings,
     training_pass,
 )
-from selection.ranking import eligible_paths, select_weights
+from selection.ranking import Selection, eligible_paths, select_weights
 
 log = logging.getLogger("adabet")
 
+FACTS = ("rho_achieved_predicted", "rho_achieved_measured")
 
-def by_update(network, batches, cfg):
-    """Ranks a tensor by what the loss gains from its part of one optimizer step."""
+
+def by_update(network, batches: Callable, cfg: Config) -> Selection:
+    """Ranks a tensor by how much its part of one optimizer step reduces the loss."""
     return _select(network, batches, cfg, update_importance)
 
 
-def by_weight_magnitude(network, batches, cfg):
+def by_weight_magnitude(network, batches: Callable, cfg: Config) -> Selection:
     """Ranks a tensor by the sum of its absolute values."""
     return _select(network, batches, cfg, weight_magnitude)
 
 
-def by_gradient_magnitude(network, batches, cfg):
+def by_gradient_magnitude(network, batches: Callable, cfg: Config) -> Selection:
     """Ranks a tensor by the sum of its gradient's absolute values."""
     return _select(network, batches, cfg, gradient_magnitude)
 
 
-def check(network, cfg, num_images):
-    """Refuses a rho that leaves no time for a backward pass, and an `--exclude_layers` that fits no layer.
+def measure(network, cfg: Config, num_images: int) -> None:
+    """Measures the times of the network's tensors, which this process then keeps."""
+    timings(network, cfg, min(cfg.batch_size, num_images))
 
-    That needs the times, so they are measured here where they aren't known yet.
+
+def check(network, cfg: Config, num_images: int) -> None:
+    """Checks that `--rho` leaves time for a backward pass, by the times of `measure`.
 
     Raises:
-        UsageError: see there.
+        UsageError: if it does not, or if `--exclude_layers` matches no layer or all.
     """
     eligible_paths(network, cfg)
+    assert cfg.rho is not None  # the scheme reads it
     cost = timings(network, cfg, min(cfg.batch_size, num_images))
     if backward_share(cfg.rho, cost.forward, cost.backward) <= 0:
         least = cost.forward / (cost.forward + cost.backward)
         raise UsageError(
-            f"--rho must leave time for a backward pass: over {least:.3f} here, where a forward pass takes "
+            f"--rho must leave time for a backward pass: over {least:.3f} here, because a forward pass takes "
             f"{cost.forward:.3g} {cost.unit} of a full step's {cost.forward + cost.backward:.3g} {cost.unit} "
             f"({cost.source}). Received: {cfg.rho:g}; raise it"
             + (
-                f", or measure again on a quiet machine: the times are kept in {cache_folder()}."
+                f", or delete the times in {cache_folder()} and measure on an idle machine."
                 if cost.unit == "s"
                 else "."
             )
         )
 
 
-def update_importance(network, images, labels, cfg, epoch):
-    """Returns -(dL/dw at w + dw) . dw of every tensor, dw being one optimizer step on this batch.
+def update_importance(network, images, labels, cfg: Config, epoch: int) -> np.ndarray:
+    """Returns -(dL/dw at w + dw) . dw of every tensor, where dw is one optimizer step on this batch.
 
-    The step is that of a new optimizer of the run's settings at the learning rate
-    of `epoch`. Dropout is off, and batch normalisation runs by the network's policy
-    without updates. The weights are put back to the last bit.
+    A new optimizer with the run's settings takes the step at the learning rate of
+    `epoch`. Dropout is off, and batch normalization runs by the network's policy without
+    updates. The weights are restored to the last bit.
 
     Args:
         network: models.Network.
         images: float32 tensor of shape (B, S, S, 3).
         labels: int tensor of shape (B,).
         cfg: Config.
-        epoch: int, from 0.
+        epoch: int, counted from 0.
 
     Returns:
-        float64 array, one a tensor, from input to output.
+        float64 array, one value per tensor, from input to output.
     """
     from models.compiling import make_optimizer  # loads Keras
 
@@ -104,12 +119,12 @@ def update_importance(network, images, labels, cfg, epoch):
     return np.array([-np.sum(gradient.numpy() * step) for gradient, step in zip(gradients, steps)])
 
 
-def weight_magnitude(network, images, labels, cfg, epoch):
+def weight_magnitude(network, images, labels, cfg: Config, epoch: int) -> np.ndarray:
     """Returns the sum of absolute values of every tensor; see `update_importance`."""
     return np.array([np.abs(weight.numpy()).sum(dtype=np.float64) for weight in tensors(network)])
 
 
-def gradient_magnitude(network, images, labels, cfg, epoch):
+def gradient_magnitude(network, images, labels, cfg: Config, epoch: int) -> np.ndarray:
     """Returns the sum of the gradient's absolute values of every tensor; see `update_importance`."""
     with _gradient_pass(network) as gradients_of:
         gradients = gradients_of(images, labels)
@@ -118,22 +133,22 @@ def gradient_magnitude(network, images, labels, cfg, epoch):
 
 @contextlib.contextmanager
 def _gradient_pass(network):
-    """Gives a function from a batch to the gradients of its mean loss, one a tensor."""
+    """Provides a function from a batch to the gradients of its mean loss, one per tensor."""
     from models.batchnorm import statistics_kept  # loads Keras
 
     with statistics_kept(network.model, network.bn_stats):
         yield gradient_function(network, tensors(network))
 
 
-def restore(network, batches, cfg, selection, importance):
-    """Lets a selection from a checkpoint be asked again, by the times that it was made with.
+def restore(network, batches: Callable, cfg: Config, selection: Selection, importance: Callable) -> Selection:
+    """Makes a selection from a checkpoint select again, with the times that it was made with.
 
     Args:
         network: models.Network.
         batches: see `selection.Scheme`.
         cfg: Config.
         selection: Selection.
-        importance: function, as for the scheme that made it.
+        importance: function of the scheme that made the selection.
     """
     images, labels = next(iter(batches(cfg.batch_size, 1)))
     cost = Timings(**selection.files["timings.json"])
@@ -149,14 +164,14 @@ def _select(network, batches, cfg, importance):
 
 
 def _chooser(network, images, labels, cost, cfg, importance, ratios):
-    """Returns the function (epoch, from 0) -> Selection.
+    """Returns the function from an epoch, counted from 0, to its Selection.
 
     Args:
         network, cfg, importance: as in `restore`.
-        images, labels: the batch that all choices look at.
+        images, labels: the batch that every selection uses.
         cost: selection.elastic_timing.Timings.
-        ratios: list of (epochs that a choice is for, ratio predicted, ratio measured), one
-            a choice so far; grows.
+        ratios: list of (epochs, predicted ratio, measured ratio), one per selection so
+            far. Each selection appends its own.
     """
     full = training_pass(network, [weight.path for weight in tensors(network)])
 
@@ -169,8 +184,8 @@ def _chooser(network, images, labels, cost, cfg, importance, ratios):
         measured = chosen_s / full_s
         ratios.append((min(cfg.interval, cfg.num_epochs - epoch), predicted, measured))
         log.info(
-            "Chose %d of %d tensors: a step takes %.3f of a full one by the times of its parts, %.3f as measured; "
-            "asked for %.3f", len(chosen), len(worth), predicted, measured, cfg.rho,
+            "Selected %d of %d tensors. A step takes %.3f of a full one by the times of its parts, %.3f as measured; "
+            "rho is %.3f", len(chosen), len(worth), predicted, measured, cfg.rho,
         )  # fmt: skip
         rows = [
             {"path": weight.path, "importance": float(value), "selected": weight.path in chosen}
@@ -190,8 +205,8 @@ def _chooser(network, images, labels, cost, cfg, importance, ratios):
     return choose
 
 
-def affordable(network, worth, cost, cfg):
-    """Returns the tensors to train within the budget of `cfg.rho`.
+def affordable(network, worth: np.ndarray, cost: Timings, cfg: Config) -> tuple[set[str], float]:
+    """Returns the tensors to train within the time budget of `cfg.rho`.
 
     Args:
         network: models.Network.
@@ -203,20 +218,21 @@ def affordable(network, worth, cost, cfg):
         chosen: set of str, weight paths, the head's among them.
         ratio: float. Predicted time of a step as a share of a full one's.
     """
+    assert cfg.rho is not None  # the scheme reads it
     allowed = {w.path for c in network.candidates if c.path in set(eligible_paths(network, cfg)) for w in c.weights}
     head = {weight.path for weight in network.head.weights}
     paths = [weight.path for weight in tensors(network)][::-1]  # from the output
     t_dw, t_dy = (np.array([times[path] for path in paths]) for times in (cost.t_dw, cost.t_dy))
-    budget = backward_share(cfg.rho, cost.forward, cost.backward) * cost.backward
+    time_budget = backward_share(cfg.rho, cost.forward, cost.backward) * cost.backward
 
     own = np.array([0.0 if path in head else t for path, t in zip(paths, t_dw)])
     candidates = np.array([value if path in allowed - head else -np.inf for path, value in zip(paths, worth[::-1])])
-    left = budget - sum(cost.t_dw[path] for path in head)
+    left = time_budget - sum(cost.t_dw[path] for path in head)
     chosen = most_important(candidates, own, t_dy, left)
     if not chosen:
         log.warning(
-            "The budget of --rho %g, %.3g %s of backward pass, admits no tensor but the head's.",
-            cfg.rho, budget, cost.unit,
+            "With --rho %g the backward pass may take %.3g %s, which admits no tensor but the head's.",
+            cfg.rho, time_budget, cost.unit,
         )  # fmt: skip
     trained = sorted({*chosen, *(i for i, path in enumerate(paths) if path in head)})
     ratio = (cost.forward + backward_time(trained, t_dw, t_dy)) / (cost.forward + cost.backward)
@@ -233,7 +249,7 @@ def _check_finite(network, worth):
 
 
 def _layer_scores(network, worth):
-    """Returns the sum over its tensors of every candidate."""
+    """Returns every candidate's sum over its tensors."""
     values = iter(worth.tolist())
     return [float(sum(next(values) for _ in candidate.weights)) for candidate in network.candidates]
 

@@ -1,53 +1,57 @@
-"""ElasticTrainer's choice of tensors: the most importance that a time budget buys (arXiv 2312.14227).
+"""ElasticTrainer's choice of tensors: the most importance within a time budget (arXiv 2312.14227).
 
-Tensors are numbered from the output. A selected one costs its own t_dw, and all
-from the first to the farthest selected one cost t_dy, the time to bring the error
-from the tensor before. NumPy in, indices out.
+Tensors are numbered from the output. A selected tensor costs its own t_dw, and all from
+the first to the farthest selected one cost t_dy, the time to pass the error on from the
+tensor before. NumPy in, indices out.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
-RESOLUTION = 1000  # steps into which the budget is divided
+RESOLUTION = 1000  # steps into which the time budget is divided
 
 
-def backward_share(rho, forward, backward):
+def backward_share(rho: float, forward: float, backward: float) -> float:
     """Returns the share of a full backward pass that the share `rho` of a full training step leaves.
 
     Args:
         rho: float. Share of the time of forward and backward pass together.
-        forward: float. Time of the forward pass, which can't be saved.
+        forward: float. Time of the forward pass, which every step needs.
         backward: float. Time of the full backward pass, in the same unit.
 
     Returns:
-        float; zero or less where the forward pass alone takes longer.
+        float, zero or less if the forward pass alone takes longer.
     """
     ratio = forward / backward
     return rho * (1 + ratio) - ratio
 
 
-def most_important(importance, t_dw, t_dy, budget, resolution=RESOLUTION):
-    """Returns the subset of the largest total importance whose backward pass fits the budget.
+def most_important(importance, t_dw, t_dy, time_budget: float, resolution: int = RESOLUTION) -> list[int]:
+    """Returns the subset with the largest total importance whose backward pass fits the time budget.
 
-    Once the farthest tensor is fixed, so are the t_dy, and what is left is a
-    knapsack of the tensors before it. One table over (tensors, time) serves all
-    choices of the farthest. Times are rounded to the nearest of `resolution` steps
-    of the budget, t_dy as the sum that it takes part in.
+    The farthest selected tensor determines the sum of t_dy. The rest is a knapsack
+    problem over the tensors before it, and one table over (tensors, time) serves every
+    choice of the farthest. Times are rounded to the nearest of `resolution` steps of the
+    budget, t_dy as a cumulative sum.
 
     Args:
-        importance: float array of shape (n,). From the output; tensors that must
-            not be chosen have -inf, and none under zero is.
+        importance: float array of shape (n,), from the output. Tensors without positive
+            importance are not selected; -inf excludes a tensor.
         t_dw: float array of shape (n,).
         t_dy: float array of shape (n,).
-        budget: float, in the same unit.
+        time_budget: float, in the unit of the times.
         resolution: int.
 
     Returns:
-        list of int. Indices, from the output; empty where nothing of worth fits.
+        list of int. Indices from the output, empty if no tensor of positive importance fits.
     """
-    if budget <= 0 or len(importance) == 0:
+    if time_budget <= 0 or len(importance) == 0:
         return []
-    step = budget / resolution
-    # What takes longer than the budget doesn't fit, however much longer it takes.
+    step = time_budget / resolution
+    # All times beyond the budget are the same: they do not fit.
     own = np.minimum(np.rint(np.asarray(t_dw, np.float64) / step), resolution + 1).astype(int)
     reach = np.minimum(np.rint(np.cumsum(t_dy, dtype=np.float64) / step), resolution + 1).astype(int)
 
@@ -74,7 +78,7 @@ def most_important(importance, t_dw, t_dy, budget, resolution=RESOLUTION):
     return sorted(chosen)
 
 
-def backward_time(chosen, t_dw, t_dy):
+def backward_time(chosen: Sequence[int], t_dw, t_dy) -> float:
     """Returns the time of the backward pass that trains the tensors `chosen`, indices from the output."""
     if not chosen:
         return 0.0

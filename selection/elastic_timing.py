@@ -1,16 +1,18 @@
-"""What a backward pass costs, tensor by tensor: measured on this device, or counted in FLOPs.
+"""The cost of a backward pass per tensor for ElasticTrainer: measured on this device, or counted in FLOPs.
 
-Tensors are the weights of the candidates, in forward order. `t_dw` is the cost of
-a tensor's own gradient. `t_dy` is the cost of bringing the error to a tensor from
-the one after it: through the whole next layer for the last weight of a layer,
-nothing for the layer's others, which share its output's error. So the backward
-pass that trains a set of tensors costs its t_dw, and the t_dy of all tensors from
-the output to the earliest of the set. Branches count as one chain, as published.
+Tensors are the weights of the candidates, in forward order. `t_dw` is the cost of a
+tensor's own gradient. `t_dy` is the cost of passing the error to a tensor from the one
+after it: through the whole next layer for the last weight of a layer, and nothing for
+the layer's other weights, which share the error of its output. The backward pass for a
+set of tensors costs their t_dw, and the t_dy of all tensors from the output to the
+earliest of the set. Branches count as one chain, as published.
 
-Operations without weights (activations, pooling, attention's products) belong to
-no tensor; measured times are scaled so that their total is the whole backward
-pass, which spreads these over the layers in proportion.
+Operations without weights (activations, pooling, the products of attention) belong to
+no tensor. Measured times are scaled so that their total is the whole backward pass,
+which distributes these operations over the layers in proportion.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -20,21 +22,24 @@ import os
 import platform
 import time
 import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from core.config import Config
+
 log = logging.getLogger("adabet")
 
-# The fastest of the calls counts: what disturbs one only makes it slower.
-_REPEATS = 3  # at least, and
-_REPEATS_S = 0.5  # as many as this takes, but
+# The fastest call counts: other load only makes a call slower.
+_REPEATS = 3  # at least
+_REPEATS_S = 0.5  # more calls while they take no longer
 _MOST_REPEATS = 20
-_known = {}  # what this process has measured; the folder may not be writable
+_known: dict[str, Timings] = {}  # this process's measurements; the cache folder may not be writable
 
 
 @dataclass(frozen=True)
 class Timings:
-    """What the passes of one network cost, for one batch.
+    """The cost of the passes of one network on one batch.
 
     Attributes:
         source: str. measured or flops.
@@ -43,7 +48,7 @@ class Timings:
         backward: float. The full backward pass: all of `t_dw` and `t_dy`.
         t_dw: dict from weight path to float, in forward order.
         t_dy: dict from weight path to float, in forward order.
-        conditions: dict. What the figures hold for.
+        conditions: dict. The network, sizes, device and versions of a measurement.
     """
 
     source: str
@@ -55,19 +60,19 @@ class Timings:
     conditions: dict
 
 
-def tensors(network):
+def tensors(network) -> list:
     """Returns the weights of all candidates, from input to output."""
     return [weight for candidate in network.candidates for weight in candidate.weights]
 
 
-def timings(network, cfg, batch_size):
-    """Returns the Timings of a network, as `cfg.timing` says.
+def timings(network, cfg: Config, batch_size: int) -> Timings:
+    """Returns the Timings of a network, measured or counted as `cfg.timing` says.
 
-    Measured ones are kept in the user's cache folder for the same model, sizes,
-    device and versions, and read from there.
+    Measurements are kept in the user's cache folder and used again for the same model,
+    sizes, device and versions.
 
     Args:
-        network: models.Network. Its weights don't matter, and don't change.
+        network: models.Network. The values of its weights do not matter.
         cfg: Config. Reads timing, model_name and input_size.
         batch_size: int. Images of a batch.
     """
@@ -79,24 +84,24 @@ def timings(network, cfg, batch_size):
         file = cache_folder() / f"{key}.txt"
         found = _read(file, conditions)
         if found is None:
-            log.info("Measuring what each weight costs to train; kept in %s", file)
+            log.info("Measuring the training time of each weight; the result is kept in %s", file)
             found = measured(network, batch_size, conditions)
             _write(file, found)
         _known[key] = found
     return _known[key]
 
 
-def cache_folder():
-    """Returns the folder of measured timings, a pathlib.Path: below XDG_CACHE_HOME or ~/.cache."""
+def cache_folder() -> Path:
+    """Returns the folder of measured timings, in XDG_CACHE_HOME or ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "adabet" / "timings"
 
 
-def counted(network, batch_size):
-    """Returns Timings in FLOPs: each of the two gradients of a kernel costs what its forward pass does.
+def counted(network, batch_size: int) -> Timings:
+    """Returns Timings in FLOPs: each of the two gradients of a kernel costs as much as its forward pass.
 
-    A bias, a scale or a shift costs one operation an element of output, and to
-    pass the error through a layer without a kernel costs two.
+    A bias, a scale or a shift costs one operation per element of the output, and passing
+    the error through a layer without a kernel costs two.
     """
     from models.channels import forward_flops, output_axes  # loads TensorFlow
 
@@ -111,12 +116,12 @@ def counted(network, batch_size):
     return _timings(network, "flops", "FLOP", forward, None, own, through, {"batch_size": batch_size})
 
 
-def measured(network, batch_size, conditions):
-    """Returns Timings in seconds, measured with random images.
+def measured(network, batch_size: int, conditions: dict) -> Timings:
+    """Returns Timings in seconds, measured on random images.
 
-    The whole forward pass and the whole backward pass are timed as they are, each
-    layer's two gradients in functions of their own, once for layers that are the
-    same in kind and shape. Normalisation runs on its stored statistics.
+    The forward pass and a full step are timed as a whole, and each layer's two gradients
+    in functions of their own, once for layers of the same configuration and shape.
+    Normalization uses its stored statistics.
     """
     import tensorflow as tf
 
@@ -130,7 +135,8 @@ def measured(network, batch_size, conditions):
     forward_s, step_s = seconds_of([forward, step], images, labels)
 
     shapes, by_kind = input_shapes(model, batch_size), {}
-    own, through = {}, []
+    own: dict[str, float] = {}
+    through = []
     for candidate in network.candidates:
         shape = shapes[candidate.path]
         kind = _kind(candidate.layer, shape)
@@ -139,22 +145,22 @@ def measured(network, batch_size, conditions):
         own_s, through_s = by_kind[kind]
         own.update(zip((weight.path for weight in candidate.weights), own_s))
         through.append(through_s)
-    # A clock's noise must not make a backward pass free.
+    # Noise of the clock must not make a backward pass free.
     backward_s = max(step_s - forward_s, 0.1 * step_s)
     return _timings(network, "measured", "s", forward_s, backward_s, own, through, conditions)
 
 
-def training_pass(network, weight_paths):
-    """Returns a function (images, labels) that computes the gradients of these weights, and updates nothing.
+def training_pass(network, weight_paths: Iterable[str]) -> Callable:
+    """Returns a function (images, labels) that computes the gradients of these weights without updating them.
 
-    It stands for a training step, to which the optimizer adds little.
+    Its time stands for that of a training step, to which the optimizer adds little.
     """
     wanted = set(weight_paths)
     return gradient_function(network, [weight for weight in network.trainable_weights if weight.path in wanted])
 
 
-def gradient_function(network, weights):
-    """Returns a traced function (images, labels) -> gradients of the mean loss, one a weight; dropout is off.
+def gradient_function(network, weights: list) -> Callable:
+    """Returns a traced function (images, labels) -> gradients of the mean loss, one per weight, without dropout.
 
     Args:
         network: models.Network.
@@ -176,7 +182,7 @@ def gradient_function(network, weights):
 
 
 def _timings(network, source, unit, forward, backward, own, through, conditions):
-    """Moves each layer's cost of passing the error on to the tensor that it reaches; scales to `backward`."""
+    """Assigns each layer's cost of passing the error to the tensor that receives it, and scales to `backward`."""
     t_dw, t_dy = {}, {}
     for i, candidate in enumerate(network.candidates):
         for weight in candidate.weights:
@@ -196,7 +202,7 @@ def _kind(layer, shape):
 
 
 def _layer_seconds(candidate, shape):
-    """Returns the seconds of the gradient of each weight of a layer, a list, and of that of its input."""
+    """Returns the seconds of the gradient of each weight of a layer, a list, and of the gradient of its input."""
     import tensorflow as tf
 
     layer = candidate.layer
@@ -216,10 +222,10 @@ def _layer_seconds(candidate, shape):
     return [gradient_of(weight.value) for weight in candidate.weights], gradient_of(None)
 
 
-def seconds_of(functions, *args):
-    """Returns the seconds of the fastest of a few calls of each function, after one that traces.
+def seconds_of(functions: list[Callable], *args) -> list[float]:
+    """Returns the seconds of the fastest of a few calls of each function, after one that traces it.
 
-    They are called in turn, so that what else the machine does falls on all of them.
+    The functions are called in turn, so that other load on the machine affects all.
     """
     import tensorflow as tf
 
@@ -239,7 +245,7 @@ def seconds_of(functions, *args):
 
 
 def _conditions(network, cfg, batch_size):
-    """Returns all that measured times hang on, JSON-ready."""
+    """Returns all that measured times depend on, JSON-ready."""
     import keras
     import tensorflow as tf
 
@@ -261,16 +267,16 @@ def _conditions(network, cfg, batch_size):
 
 
 def _read(file, conditions):
-    """Returns the Timings in a cache file; None where there are none of these conditions, or the file is damaged."""
+    """Returns the Timings in a cache file, or None if it has none for these conditions or is corrupt."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         if record["crc32"] != _checksum(record["timings"]):
-            raise ValueError("its checksum doesn't fit")
+            raise ValueError("its checksum does not match")
         found = Timings(**record["timings"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        log.warning("The timings in %s are damaged (%s): measuring anew.", file, error)
+        log.warning("The timings in %s are corrupt (%s); measuring again.", file, error)
         return None
     return found if found.conditions == conditions else None
 
@@ -287,4 +293,4 @@ def _write(file, found):
         record = asdict(found)
         write_whole(file, json.dumps({"crc32": _checksum(record), "timings": record}, indent=1) + "\n")
     except OSError as error:
-        log.warning("The timings can't be kept in %s (%s): the next run measures anew.", file.parent, error)
+        log.warning("The timings cannot be kept in %s (%s); the next run will measure again.", file.parent, error)

@@ -1,13 +1,16 @@
-"""From a score per layer to the weights that train: one budget, one ranking, one record."""
+"""From a score per layer to the weights that train: one budget of layers, one ranking, one record."""
+
+from __future__ import annotations
 
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
+from core.config import Config
 from core.errors import UsageError
 
 
@@ -16,30 +19,30 @@ class Selection:
     """Which weights train, and why.
 
     Attributes:
-        trained_weights: tuple of str. Paths of the weights that train, the
-            head's among them, in forward order.
-        selected: tuple of str. Paths of the chosen layers, in forward order.
-        head_added: bool. The head trains although it wasn't chosen.
+        trained_weights: tuple of str. Paths of the weights that train, the head's
+            included, in forward order.
+        selected: tuple of str. Paths of the selected layers, in forward order.
+        head_added: bool. Whether the head trains without having been selected.
         max_layers: int or None. Layers that the ranking may choose.
-        layers: list of dict. One row a candidate, for selection.json.
+        layers: list of dict. One row per candidate, for selection.json.
         stability: float or None. Mean Kendall tau between the rankings by
             single batches.
-        details: dict. More entries for selection.json; no times.
-        files: dict from file name to JSON-ready content, for the run folder.
-        reselect: function (epoch, from 0) -> Selection for the epochs from there on,
-            or None. It is asked every `--interval` epochs.
-        penalties: dict from weight path to a function of the weight, whose value
-            is added to the training loss.
-        constraints: dict from weight path to a function from value to value, which
-            holds from the first epoch of this selection on, after every step.
-        facts: function () -> dict, or None. Entries for summary.json, as they
-            stand when it is called; names from `report.SCHEME_FACTS`.
-        state: dict, JSON-ready. What the scheme needs to give the functions back to
-            a selection that was read from a checkpoint.
+        details: dict. Further entries of selection.json, without times.
+        files: dict from file name to JSON-ready content, further files of the run folder.
+        reselect: function (epoch, counted from 0) -> Selection for the epochs from there
+            on, or None. It is called every `--interval` epochs.
+        penalties: dict from weight path to a function of the weight, whose value is
+            added to the training loss.
+        constraints: dict from weight path to a function from value to value, applied
+            before the first step and after every step.
+        facts: function () -> dict, or None. Entries of summary.json, with the names of
+            the scheme's row.
+        state: dict, JSON-ready. What the scheme's `restore` needs for a selection from a
+            checkpoint.
     """
 
-    trained_weights: tuple
-    selected: tuple
+    trained_weights: tuple[str, ...]
+    selected: tuple[str, ...]
     head_added: bool
     max_layers: int | None
     layers: list
@@ -52,12 +55,12 @@ class Selection:
     facts: Callable | None = None
     state: dict = field(default_factory=dict)
 
-    def to_record(self):
-        """Returns all but the functions, as a JSON-ready dict."""
+    def to_record(self) -> dict:
+        """Returns everything except the functions, as a JSON-ready dict."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _FUNCTIONS}
 
     @classmethod
-    def from_record(cls, record):
+    def from_record(cls, record: dict) -> Selection:
         """Returns the Selection of such a dict, without functions."""
         tuples = {name: tuple(record[name]) for name in ("trained_weights", "selected")}
         return cls(**{**record, **tuples})
@@ -66,39 +69,39 @@ class Selection:
 _FUNCTIONS = {"reselect", "penalties", "constraints", "facts"}
 
 
-def layer_budget(rho, num_layers):
-    """Returns how many of `num_layers` layers the share `rho` allows: floor, at least one.
+def layer_budget(rho: float, num_layers: int) -> int:
+    """Returns how many of `num_layers` layers the share `rho` allows: floor(rho * num_layers), at least one.
 
-    The tiny addend undoes binary rounding: 0.29 * 100 is 28.999999999999996.
+    The small addend corrects binary rounding: 0.29 * 100 is 28.999999999999996.
     """
     return max(1, math.floor(rho * num_layers + 1e-9))
 
 
-def rank(scores, eligible):
-    """Ranks layers by score, highest first; ties go to the layer nearer the output.
+def rank(scores: Sequence[float], eligible: Sequence[bool]) -> list[int | None]:
+    """Ranks layers by score, highest first. Ties go to the layer nearer the output.
 
     Args:
-        scores: sequence of float, one a layer, in forward order.
-        eligible: sequence of bool. Layers that take part.
+        scores: sequence of float, one per layer, in forward order.
+        eligible: sequence of bool. Which layers are ranked.
 
     Returns:
-        list of int or None. The rank of each layer from 1; None where it takes no part.
+        list of int or None. The rank of each layer, counted from 1; None for the others.
     """
     order = sorted((i for i, takes_part in enumerate(eligible) if takes_part), key=lambda i: (-scores[i], -i))
-    ranks = [None] * len(scores)
+    ranks: list[int | None] = [None] * len(scores)
     for position, i in enumerate(order, 1):
         ranks[i] = position
     return ranks
 
 
-def kendall_stability(scores_per_batch):
+def kendall_stability(scores_per_batch: np.ndarray) -> float | None:
     """Returns the mean Kendall tau-b between the rankings by single batches.
 
     Args:
         scores_per_batch: array of shape (batches, layers).
 
     Returns:
-        float, or None for fewer than two batches or constant scores.
+        float, or None for fewer than two batches or for constant scores.
     """
     from scipy.stats import kendalltau
 
@@ -108,11 +111,11 @@ def kendall_stability(scores_per_batch):
     return float(np.mean(taus))
 
 
-def matching(paths, pattern, flag):
-    """Returns the set of layer paths in which the regular expression `pattern` is found.
+def matching(paths: Collection[str], pattern: str, flag: str) -> set[str]:
+    """Returns the layer paths that contain a match of the regular expression `pattern`.
 
     Raises:
-        UsageError: the pattern is no regular expression, or is found nowhere.
+        UsageError: if the pattern is invalid or matches nothing.
     """
     try:
         found = {path for path in paths if re.search(pattern, path)}
@@ -120,17 +123,17 @@ def matching(paths, pattern, flag):
         raise UsageError(f"{flag} takes a regular expression. Received: {pattern!r} ({error}).") from error
     if not found:
         raise UsageError(
-            f"{flag} must match at least one layer path. Received: {pattern!r}, found in none of "
+            f"{flag} must match at least one layer path. Received: {pattern!r}, which matches none of "
             f"{len(paths)}; --list_layers prints them."
         )
     return found
 
 
-def eligible_paths(network, cfg):
-    """Returns the paths of the candidates that `--exclude_layers` leaves, in forward order.
+def eligible_paths(network, cfg: Config) -> list[str]:
+    """Returns the paths of the candidates that `--exclude_layers` does not match, in forward order.
 
     Raises:
-        UsageError: the expression matches nothing, or leaves nothing.
+        UsageError: if the expression is invalid, or matches no layer or all.
     """
     paths = [candidate.path for candidate in network.candidates]
     if cfg.exclude_layers is None:
@@ -145,53 +148,55 @@ def eligible_paths(network, cfg):
     return left
 
 
-def select_top(network, cfg, scores, columns=(), stability=None):
-    """Returns the Selection of the best-scored layers that the budget `cfg.rho` allows.
+def select_top(
+    network, cfg: Config, scores: Sequence[float], columns: Sequence[dict] = (), stability: float | None = None
+) -> Selection:
+    """Returns the Selection of the layers with the highest scores within the budget `cfg.rho`.
 
     Args:
         network: models.Network.
         cfg: Config.
-        scores: sequence of float, one a candidate.
-        columns: sequence of dict. What else the report says of each candidate.
-        stability: see `Selection`.
+        scores: sequence of float, one per candidate.
+        columns: sequence of dict. Further entries for each candidate's row in selection.json.
+        stability: float or None, as in `Selection`.
     """
     eligible = set(eligible_paths(network, cfg))
     ranks = rank(scores, [candidate.path in eligible for candidate in network.candidates])
-    # Under a memory budget alone the whole ranking stands to choice; memory/budget.py shortens it.
-    budget = layer_budget(1.0 if cfg.rho is None else cfg.rho, len(network.candidates))
-    chosen = {c.path for c, place in zip(network.candidates, ranks) if place is not None and place <= budget}
-    return _selection(network, chosen, scores, ranks, columns, budget, stability)
+    # With only a memory budget, all layers are selected; memory/budget.py keeps the first that fit.
+    max_layers = layer_budget(1.0 if cfg.rho is None else cfg.rho, len(network.candidates))
+    chosen = {c.path for c, place in zip(network.candidates, ranks) if place is not None and place <= max_layers}
+    return _selection(network, chosen, scores, ranks, columns, max_layers, stability)
 
 
-def with_first_layers(network, selection, length):
-    """Returns a Selection of the first `length` layers of the ranking of another one."""
+def with_first_layers(network, selection: Selection, length: int) -> Selection:
+    """Returns the Selection of the first `length` layers of another selection's ranking."""
     chosen = {row["path"] for row in selection.layers if row["rank"] is not None and row["rank"] <= length}
     scores = [row["score"] for row in selection.layers]
     ranks = [row["rank"] for row in selection.layers]
     return _selection(network, chosen, scores, ranks, selection.layers, length, selection.stability)
 
 
-def select_layers(network, chosen, other_weights=()):
+def select_layers(network, chosen: set[str], other_weights: Collection[str] = ()) -> Selection:
     """Returns the Selection of the named layers, without a ranking.
 
     Args:
         network: models.Network.
         chosen: set of layer paths.
-        other_weights: paths of weights of no candidate that train as well.
+        other_weights: collection of str. Paths of further weights that train.
     """
     unranked = [None] * len(network.candidates)
     return _selection(network, chosen, unranked, unranked, other_weights=other_weights)
 
 
-def select_weights(network, chosen, scores=None, **more):
-    """Returns the Selection of single weights, and of all of the head's.
+def select_weights(network, chosen: set[str], scores: Sequence[float] | None = None, **more) -> Selection:
+    """Returns the Selection of single weights and all weights of the head.
 
-    A layer counts as selected where any of its weights is.
+    A layer counts as selected if any of its weights is.
 
     Args:
         network: models.Network.
         chosen: set of weight paths.
-        scores: sequence of float, one a candidate, for the report.
+        scores: sequence of float, one per candidate, for selection.json.
         **more: further fields of the Selection.
     """
     layers = {c.path for c in network.candidates if any(w.path in chosen for w in c.weights)}
@@ -204,7 +209,7 @@ def select_weights(network, chosen, scores=None, **more):
     )
 
 
-def _selection(network, chosen, scores, ranks, columns=(), budget=None, stability=None, other_weights=()):
+def _selection(network, chosen, scores, ranks, columns=(), max_layers=None, stability=None, other_weights=()):
     trained = chosen | {network.head.path}
     weights = {w.path for c in network.candidates if c.path in trained for w in c.weights}
     weights.update(other_weights)
@@ -212,7 +217,7 @@ def _selection(network, chosen, scores, ranks, columns=(), budget=None, stabilit
         trained_weights=tuple(w.path for w in network.trainable_weights if w.path in weights),
         selected=tuple(c.path for c in network.candidates if c.path in chosen),
         head_added=network.head.path not in chosen,
-        max_layers=budget,
+        max_layers=max_layers,
         layers=[
             {
                 "path": c.path,

@@ -171,9 +171,4 @@ def _mat(arrays):
     return stream.getvalue()
 
 
-_MAKERS = {
-    "caltech_birds2011": _birds,
-    "oxford_iiit_pet": _pets,
-    "stanford_dogs": _dogs,
-    "flowers102": _flowers,
-}
+_MAKERS = {"caltech_birds2011": _birds, "oxford_iiit_pet": _pets, "stanford_dogs": _dogs, "flowers102": _flowers}

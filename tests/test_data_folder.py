@@ -103,7 +103,7 @@ def test_hidden_and_foreign_files_are_ignored(tmp_path):
     assert loaded.split_sizes == {"train": 7, "validation": 1, "test": 1}
 
 
-def test_order_is_independent_of_where_the_folder_lies(tmp_path):
+def test_order_is_independent_of_the_folders_location(tmp_path):
     fill(tmp_path / "one", {"a": 9, "b": 9})
     fill(tmp_path / "two", {"a": 9, "b": 9})
     one, two = ([y.numpy().tolist() for _, y in load(tmp_path / name).train_batches(0, 2)] for name in ("one", "two"))
@@ -124,17 +124,13 @@ ERRORS = {
     "empty": ({}, ".", "at least two class folders.*with 0"),
     "no images in a class": ({"train/a": 2, "train/b": 0}, ".", "each class folder.*train/b"),
     "no images in test": ({"train/a": 2, "train/b": 2, "test/a": 0}, ".", "each split.*test"),
-    "untrained test class": (
-        {"train/a": 2, "train/b": 2, "test/c": 1},
-        ".",
-        "same classes.*test with c",
-    ),
+    "untrained test class": ({"train/a": 2, "train/b": 2, "test/c": 1}, ".", "same classes.*test with c"),
     "splits without classes": ({"train": 3, "test": 3}, ".", "train/CLASS/"),
 }
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_errors(tmp_path, case):
+def test_invalid_folders_are_refused(tmp_path, case):
     counts, image_dir, message = ERRORS[case]
     for folder in counts:
         (tmp_path / folder).mkdir(parents=True)
@@ -145,10 +141,10 @@ def test_errors(tmp_path, case):
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>"])
-def test_a_file_that_is_no_image_is_named(tmp_path, content):
+def test_file_that_is_not_an_image_is_named(tmp_path, content):
     fill(tmp_path, {"a": 5, "b": 5})
     (tmp_path / "a" / "broken.jpg").write_bytes(content)
-    with pytest.raises(UsageError, match=r"a/broken.jpg \((empty|no JPEG)"):
+    with pytest.raises(UsageError, match=r"a/broken.jpg \((empty|not a JPEG)"):
         load(tmp_path)
 
 

@@ -52,7 +52,7 @@ def test_sizes_and_types(load):
     assert images.numpy().min() >= 0 and 200 < images.numpy().max() <= 255
 
 
-def test_digits_are_those_of_scikit_learn(load):
+def test_digits_equal_those_of_scikit_learn(load):
     plain = load(protocol="paper", batch_size=1437, augment=False)
     read = arrays(plain.train_batches(0, 1)) + arrays(plain.test_batches())
     pixels = np.concatenate([images for images, _ in read])[..., 0]
@@ -83,13 +83,13 @@ def test_splits_are_stratified_and_disjoint(load):
     assert sorted(together) == sorted(image.tobytes() for image in expected)
 
 
-def test_same_seed_same_batches_other_seed_other_batches(load):
+def test_batches_depend_on_the_seed(load):
     first = arrays(load(seed=3).train_batches(0, 1))
     assert same(first, arrays(load(seed=3).train_batches(0, 1)))
     assert not same(first, arrays(load(seed=4).train_batches(0, 1)))
 
 
-def test_what_others_seed_does_not_matter(load):
+def test_other_seeding_does_not_change_batches(load):
     loaded = load()
     tf.random.set_seed(1)
     first = arrays(loaded.train_batches(0, 1))
@@ -98,7 +98,7 @@ def test_what_others_seed_does_not_matter(load):
 
 
 @pytest.mark.parametrize("held_bytes", [pipeline.HELD_BYTES, 20_000], ids=["held", "streamed"])
-def test_a_resumed_run_sees_the_same_batches(load, monkeypatch, held_bytes):
+def test_resumed_run_sees_the_same_batches(load, monkeypatch, held_bytes):
     monkeypatch.setattr(pipeline, "HELD_BYTES", held_bytes)
     settings = {"limit_train": 230, "batch_size": 32}
     whole = arrays(load(**settings).train_batches(0, 5))
@@ -117,7 +117,7 @@ def test_streaming_and_holding_see_the_same_images(load, monkeypatch):
     assert images_of(held) == images_of(streamed)
 
 
-def test_a_whole_streamed_set_passes_through_a_small_buffer(load, monkeypatch):
+def test_streamed_set_passes_through_a_small_buffer(load, monkeypatch):
     monkeypatch.setattr(pipeline, "HELD_BYTES", 0)
     monkeypatch.setattr(pipeline, "SHUFFLE_IMAGES", 7)
     loaded = load(limit_train=50, protocol="paper", batch_size=25, augment=False)
@@ -195,7 +195,7 @@ def test_selection_labels_belong_to_their_images(load):
         assert [truth[image.tobytes()] for image in images] == labels.tolist()
 
 
-def test_fewer_selection_images_than_asked_for(load):
+def test_fewer_selection_images_than_requested(load):
     loaded = load(limit_train=50, protocol="paper")
     assert [len(y) for _, y in arrays(loaded.selection_batches(20, 4))] == [20, 20]
     assert [len(y) for _, y in arrays(loaded.selection_batches(64, 4))] == [50]
@@ -218,7 +218,7 @@ def test_digits_are_never_mirrored_and_photos_are():
     assert set(rows.values()) == {(True, 0.2)}
 
 
-def test_augmentation_flips_and_turns_as_drawn():
+def test_augmentation_follows_its_random_numbers():
     images = tf.constant(np.random.default_rng(0).uniform(0, 255, (2, 9, 9, 3)), tf.float32)
     no_turn = tf.constant([[0.2, 0.5], [0.8, 0.5]])  # the first is mirrored, neither is turned
     flipped = pipeline.augment(images, no_turn, True, 0.0).numpy()
@@ -241,7 +241,7 @@ def test_draws_depend_on_seed_epoch_and_image_alone():
     assert len({numbers(*key) for key in keys}) == len(keys)
 
 
-def test_images_are_stretched_not_cropped():
+def test_images_are_resized_without_cropping():
     left, right = np.zeros((4, 6, 3), np.uint8), np.full((4, 6, 3), 255, np.uint8)
     wide = tf.io.encode_png(np.concatenate([left, right], axis=1))  # 4 x 12
     square = pipeline.decode_image(wide, 4).numpy()

@@ -30,19 +30,19 @@ def test_sample_is_proportional():
     assert (np.diff(drawn) > 0).all()
 
 
-def test_sample_gives_each_class_one_where_it_can():
+def test_sample_gives_each_class_one_if_possible():
     labels = [0] * 97 + [1, 2, 3]
     assert np.bincount(np.array(labels)[sample(labels, 4)]).tolist() == [1, 1, 1, 1]
 
 
-def test_sample_smaller_than_the_classes_draws_different_ones_by_seed():
+def test_small_sample_draws_classes_by_seed():
     labels = np.repeat(np.arange(20), 3)
     picks = {tuple(labels[sample(labels, 5, seed)]) for seed in range(5)}
     assert all(len(set(pick)) == 5 for pick in picks)
     assert len(picks) > 1
 
 
-def test_sample_of_more_than_there_are_is_all():
+def test_sample_of_more_than_all_is_all():
     assert sample(LABELS, 1000).tolist() == list(range(100))
 
 
@@ -65,7 +65,7 @@ def test_hold_out_is_a_stratified_tenth_disjoint_from_train():
     assert sorted([*train, *held]) == list(range(100))
 
 
-def test_own_validation_split_is_used_and_train_stays_whole():
+def test_own_validation_split_leaves_train_unchanged():
     parts = assign({"train": LABELS, "validation": LABELS[:7], "test": LABELS[:5]})
     assert sizes(parts) == {"train": 100, "validation": 7, "test": 5}
     assert parts["validation"][0] == "validation"
@@ -78,13 +78,13 @@ def test_paper_protocol_holds_nothing_out():
     assert sizes(assign(own, protocol="paper")) == {"train": 100, "validation": None, "test": 5}
 
 
-def test_without_test_split_validation_tests():
+def test_validation_split_replaces_missing_test_split():
     parts = assign({"train": LABELS, "validation": LABELS[:7]})
     assert sizes(parts) == {"train": 90, "validation": 10, "test": 7}
     assert parts["test"][0] == "validation"
 
 
-def test_with_train_alone_a_fifth_tests():
+def test_a_fifth_of_train_replaces_missing_test_split():
     parts = assign({"train": LABELS})
     assert sizes(parts) == {"train": 72, "validation": 8, "test": 20}
     everyone = np.concatenate([positions for _, positions in parts.values()])
@@ -103,7 +103,7 @@ def test_limits_apply_before_the_hold_out():
     assert sizes(parts) == {"train": 90, "validation": 10, "test": 100}
 
 
-def test_one_limit_leaves_the_other_draw_alone():
+def test_one_limit_does_not_change_the_other_draw():
     both = {"train": LABELS, "test": LABELS}
     alone = assign(both, limit_test=7)["test"][1]
     together = assign(both, limit_test=7, limit_train=20)["test"][1]
@@ -116,11 +116,7 @@ def test_classes_of_one_image_stay_in_train():
 
 
 def test_hold_out_has_at_least_one_image():
-    assert sizes(assign({"train": [0, 1, 2], "test": [0]})) == {
-        "train": 2,
-        "validation": 1,
-        "test": 1,
-    }
+    assert sizes(assign({"train": [0, 1, 2], "test": [0]})) == {"train": 2, "validation": 1, "test": 1}
 
 
 def test_one_training_image_cannot_be_split():

@@ -48,6 +48,7 @@ def offline(monkeypatch):
     return asked
 
 
+@pytest.mark.slow
 def test_importing_the_table_imports_no_tensorflow():
     code = (
         "import sys; import data; assert data.dataset_row('mnist').input_size == 224; "
@@ -57,7 +58,7 @@ def test_importing_the_table_imports_no_tensorflow():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
 
 
-def test_rows():
+def test_table_rows_have_documented_defaults():
     assert data.DATASETS["digits"].input_size == 32
     assert data.DATASETS["digits"].num_epochs == 10
     assert data.dataset_row("oxford_flowers102") is data.DATASETS["flowers102"]
@@ -107,7 +108,7 @@ def test_offline_is_one_line_without_a_download(name, offline, tmp_path, monkeyp
     assert len(offline) == len(set(offline)) > 0  # each host once
 
 
-def test_a_file_that_moved_needs_one_of_its_hosts(monkeypatch, tmp_path):
+def test_moved_file_needs_one_of_its_hosts(monkeypatch, tmp_path):
     """The birds' files are registered at an old address, too."""
     tried = []
 
@@ -122,13 +123,13 @@ def test_a_file_that_moved_needs_one_of_its_hosts(monkeypatch, tmp_path):
     monkeypatch.setattr(tfds.download.DownloadManager, "download", download)
     row = dataclasses.replace(data.DATASETS["caltech_birds2011"], needs=())
     monkeypatch.setitem(data.DATASETS, "caltech_birds2011", row)
-    with pytest.raises(RunError, match="couldn't be prepared.*full disk and more") as caught:
+    with pytest.raises(RunError, match="could not be prepared.*full disk and more") as caught:
         data.load(Config(dataset_name="caltech_birds2011", data_dir=str(tmp_path)))
     assert tried
     assert isinstance(caught.value.__cause__, OSError)
 
 
-def test_what_is_downloaded_already_needs_no_host(offline, tmp_path):
+def test_downloaded_files_need_no_host(offline, tmp_path):
     cls = tfds.builder_cls("oxford_iiit_pet")
     folder = tmp_path / "downloads" / "oxford_iiit_pet"
     folder.mkdir(parents=True)
@@ -141,12 +142,12 @@ def test_what_is_downloaded_already_needs_no_host(offline, tmp_path):
     assert offline == []
 
 
-def test_a_set_whose_own_code_fails_is_one_line(monkeypatch, tmp_path):
+def test_failing_builder_gives_one_line(monkeypatch, tmp_path):
     def broken(*args, **kwargs):
         raise FileNotFoundError("labels.txt\nis missing")
 
     monkeypatch.setattr(tfds, "builder", broken)
-    with pytest.raises(RunError, match="can't set up cifar10: labels.txt is missing"):
+    with pytest.raises(RunError, match="cannot load the builder of cifar10: labels.txt is missing"):
         data.load(Config(dataset_name="cifar10", data_dir=str(tmp_path)))
 
 
@@ -177,25 +178,25 @@ def test_unknown_names_get_the_closest(name, hint, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["oxford_iiit_pet:9.9.9", "cifar10/nothing"])
-def test_unknown_config_or_version_lists_those_there_are(name, tmp_path):
+def test_unknown_config_lists_existing_ones(name, tmp_path):
     with pytest.raises(UsageError, match="configs none, versions [34].0"):
         data.load(Config(dataset_name=name, data_dir=str(tmp_path)))
 
 
-def test_set_without_a_single_label(offline, tmp_path):
+def test_set_without_single_label_is_refused(offline, tmp_path):
     with pytest.raises(UsageError, match="an image and a single class label. Received: coco with"):
         data.load(Config(dataset_name="coco", data_dir=str(tmp_path)))
     assert offline == []
 
 
-def test_num_classes_is_checked_before_anything_is_downloaded(offline, tmp_path):
+def test_num_classes_is_checked_before_the_download(offline, tmp_path):
     with pytest.raises(UsageError, match="oxford_iiit_pet has 37. Received: 120"):
         data.load(Config(dataset_name="oxford_iiit_pet", num_classes=120, data_dir=str(tmp_path)))
     assert offline == []
     assert list(tmp_path.iterdir()) == []
 
 
-def test_data_dir_beneath_a_file(tmp_path):
+def test_data_dir_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="--data_dir must be a folder.*is a file"):
         data.load(Config(data_dir=str(tmp_path / "file" / "tfds")))
@@ -207,7 +208,7 @@ def test_limits_are_positive(flag):
         data.load(Config(**{flag: 0}))
 
 
-def test_the_loser_of_a_race_reads_what_the_winner_prepared(monkeypatch, tmp_path):
+def test_second_of_two_preparations_reads_the_first(monkeypatch, tmp_path):
     cfg = Config(data_dir=str(tmp_path))
     generate = digits.Digits._split_generators
     winners = []

@@ -20,6 +20,8 @@ from models import batchnorm
 from models.compiling import compile_model, make_optimizer
 from models.freezing import freeze
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 MB = 10**6
 
@@ -35,7 +37,7 @@ def test_requests_are_rounded_up_to_256_bytes():
     assert allocator.allocate(0) is None
 
 
-def test_a_free_chunk_is_split_only_from_twice_the_request_on():
+def test_free_chunk_is_split_from_twice_the_request():
     allocator = Allocator()
     chunk, wall = allocator.allocate(4096), allocator.allocate(256)
     allocator.release(chunk)
@@ -98,7 +100,7 @@ def residual_block():
     return with_head(images, conv("last")(x))
 
 
-def normalised(bn_stats):
+def normalized(bn_stats):
     images = keras.Input((SIDE, SIDE, 8))
     x = keras.layers.Conv2D(8, 3, padding="same", use_bias=False, name="conv0")(images)
     x = keras.layers.BatchNormalization(name="bn")(x)
@@ -123,24 +125,24 @@ def maps(network, trained=None):
     return round(found.split["activations"] / MAP, 1), round(found.split["temporary"] / MAP, 1)
 
 
-def test_a_chain_keeps_each_activation_once():
+def test_chain_keeps_each_activation_once():
     # The batch and three tanh. The fourth is used up; its error and what that becomes stand side by side.
     assert maps(chain()) == (4, 2)
 
 
-def test_what_lies_before_the_first_trained_layer_is_not_kept():
+def test_nothing_before_the_first_trained_layer_is_kept():
     # conv3's gradient needs its input, conv2's tanh, and its own tanh. The batch is there all the time.
     assert maps(chain(), {"conv3", "head"}) == (3, 1)
     # The classifier alone keeps no map: the batch, an input and an output of a layer.
     assert maps(chain(), {"head"}) == (1, 2)
 
 
-def test_a_frozen_tail_is_kept_as_the_error_has_to_pass_it():
+def test_activations_of_a_frozen_tail_are_kept():
     # The batch, all four tanh, and the error before the last of them.
     assert maps(chain(), {"conv0", "head"}) == (5, 1)
 
 
-def test_a_residual_block_keeps_what_its_branch_needs():
+def test_residual_block_keeps_inputs_of_its_branch():
     # The batch, stem, branch and their sum, which is last's input; last's error and what it becomes.
     assert maps(residual_block()) == (4, 2)
     # Stem and branch are read by nobody once their sum is there: the batch, sum, last; the error.
@@ -148,20 +150,20 @@ def test_a_residual_block_keeps_what_its_branch_needs():
 
 
 @pytest.mark.parametrize("bn_stats", ["stored", "batch"])
-def test_batch_normalisation_that_trains_keeps_its_input(bn_stats):
+def test_trained_batch_normalization_keeps_its_input(bn_stats):
     # The batch, bn's input and output; conv1's error and what it becomes.
-    assert maps(normalised(bn_stats)) == (3, 2)
+    assert maps(normalized(bn_stats)) == (3, 2)
 
 
-def test_frozen_batch_normalisation_costs_by_its_mode():
+def test_frozen_batch_normalization_costs_by_mode():
     # Stored statistics scale the error: the batch, conv1's tanh; the error.
-    assert maps(normalised("stored"), {"conv0", "head"}) == (2, 1)
+    assert maps(normalized("stored"), {"conv0", "head"}) == (2, 1)
     # Those of the batch hang on bn's input, and the error comes back on three ways at once.
-    assert maps(normalised("batch"), {"conv0", "head"}) == (2, 3)
+    assert maps(normalized("batch"), {"conv0", "head"}) == (2, 3)
 
 
 @pytest.mark.parametrize("optimizer, slots", [("sgd", 1), ("adam", 2)])
-def test_the_optimizer_keeps_slots_for_what_trains_alone(optimizer, slots):
+def test_optimizer_keeps_slots_of_trained_weights_only(optimizer, slots):
     network = chain()
     weights = sum(w.numpy().nbytes for w in network.trainable_weights if w.path.split("/")[0] in ("conv3", "head"))
     few = estimate.of_step(traced(network, {"conv3", "head"}, optimizer=optimizer), allocator=Exact())
@@ -169,7 +171,7 @@ def test_the_optimizer_keeps_slots_for_what_trains_alone(optimizer, slots):
     assert few.split["weights"] == pytest.approx(sum(w.numpy().nbytes for w in network.model.weights), abs=64)
 
 
-def test_the_peak_stands_at_a_layer():
+def test_peak_is_assigned_to_a_layer():
     assert estimate.of_step(traced(chain())).peak_at.startswith(("conv", "global_average"))
 
 
@@ -180,7 +182,7 @@ def test_the_peak_stands_at_a_layer():
     "model_name, inference, full",
     [("resnet50", 243, 777), ("vit", 84, 387), ("mobilenetv2", 315, 375), ("vgg16", 935, 987)],
 )
-def test_the_convention_gives_the_published_figure(model_name, inference, full):
+def test_convention_gives_the_published_figures(model_name, inference, full):
     network = models.assemble(Config(model_name=model_name, input_size=224), 37)
     everything = [weight.path for weight in network.trainable_weights]
     assert convention.megabytes(network, []) == pytest.approx(inference, abs=3)
@@ -190,7 +192,7 @@ def test_the_convention_gives_the_published_figure(model_name, inference, full):
 # ---------------------------------------------------------------- the command line
 
 
-def test_the_command_line_prints_three_figures(tmp_path):
+def test_command_line_prints_three_figures(tmp_path):
     command = [sys.executable, str(ROOT / "memory_utils.py"), "--model_name", "mobilenetv2", "--train_type",
                "traditional_tl_training", "--batch_size", "8", "--input_size", "64", "--weights", "none", "--json"]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -202,14 +204,14 @@ def test_the_command_line_prints_three_figures(tmp_path):
     assert found["peak_at"] and found["device"] and "Traceback" not in done.stderr
 
 
-def test_the_table_names_the_convention_as_such():
+def test_table_names_the_convention():
     found = memory_utils.Figures(None, 2 * MB, 3.0, dict.fromkeys(estimate.PARTS, 0), "conv", "CPU:0")
     text = memory_utils.table(Config(), found)
     assert "not measured" in text and "2.0 MB  peak at conv" in text and "published convention" in text
 
 
 @pytest.mark.parametrize("flag", [["--num_epochs", "3"], ["--model", "vgg16"], ["--rho", "2"]])
-def test_the_command_line_refuses_what_it_does_not_read(flag, capsys):
+def test_command_line_refuses_unknown_flags(flag, capsys):
     assert memory_utils.main(flag) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -221,7 +223,7 @@ def summary_of(folder):
     return run_of(folder)[1]["summary.json"]
 
 
-def test_every_run_says_its_three_figures(tiny, tmp_path):  # noqa: F811
+def test_every_run_reports_three_figures(tiny, tmp_path):  # noqa: F811
     assert tiny("--train_type", "full_training", "--num_epochs", "1") == 0
     summary = summary_of(tmp_path / "logs")
     assert summary["peak_memory_bytes_estimated"] > 0 and summary["memory_mb_published_convention"] > 0
@@ -241,7 +243,7 @@ def steps(monkeypatch):
     return asked
 
 
-def test_the_longest_prefix_that_fits_trains(tiny, tmp_path, steps):  # noqa: F811
+def test_longest_prefix_that_fits_trains(tiny, tmp_path, steps):  # noqa: F811
     # Six layers of two weights each: head and three more layers are eight.
     assert tiny("--memory_budget_mb", "8", "--num_epochs", "1") == 0
     run, records = run_of(tmp_path / "logs")
@@ -255,25 +257,25 @@ def test_the_longest_prefix_that_fits_trains(tiny, tmp_path, steps):  # noqa: F8
     assert len(steps) <= 5  # bisection, not a walk
 
 
-def test_a_budget_works_under_rho(tiny, tmp_path, steps):  # noqa: F811
+def test_memory_budget_applies_within_rho(tiny, tmp_path, steps):  # noqa: F811
     assert tiny("--memory_budget_mb", "100", "--rho", "0.34", "--select_only") == 0
     assert len(run_of(tmp_path / "logs")[1]["selection.json"]["selected"]) == 2
 
 
-def test_a_budget_for_all_layers_has_no_next_one(tiny, tmp_path, steps):  # noqa: F811
+def test_budget_for_all_layers_has_no_next_layer(tiny, tmp_path, steps):  # noqa: F811
     assert tiny("--memory_budget_mb", "12", "--num_epochs", "1") == 0
     summary = summary_of(tmp_path / "logs")
     assert summary["num_trained_layers"] == 6 and summary["budget_next_layer"] is None
 
 
-def test_a_budget_under_the_classifier_alone_is_refused(tiny, tmp_path, capsys):  # noqa: F811
+def test_budget_below_the_head_is_refused(tiny, tmp_path, capsys):  # noqa: F811
     assert tiny("--memory_budget_mb", "0.001") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--memory_budget_mb" in line and "MB. Received: 0.001" in line
     assert not (tmp_path / "logs").exists()
 
 
-def test_a_real_budget_holds(tiny, tmp_path):  # noqa: F811
+def test_measured_peak_is_within_the_budget(tiny, tmp_path):  # noqa: F811
     cfg = Config(input_size=64)
     network = assemble_tiny(cfg, 10)
     batchnorm.use_batch_statistics(network.model)
@@ -292,7 +294,7 @@ def test_a_real_budget_holds(tiny, tmp_path):  # noqa: F811
 # ---------------------------------------------------------------- the figure
 
 
-def test_the_figure_is_drawn_twice_with_the_published_numbers_beside(tmp_path, monkeypatch):
+def test_figure_shows_convention_and_measurement(tmp_path, monkeypatch):
     # Each bar's figures are made up here: the real ones are memory_utils' and the convention's own tests.
     monkeypatch.setattr(figure, "_figures", lambda cfg, bar: (100.0, 200.0 if bar == "inference" else None))
     text = figure.draw(Config(batch_size=8), str(tmp_path / "figure.png"))
@@ -300,7 +302,7 @@ def test_the_figure_is_drawn_twice_with_the_published_numbers_beside(tmp_path, m
     assert len(text.splitlines()) == 1 + 4 * 3 + 2 and "777" in text and "ImageNet" in text
 
 
-def test_estimates_leave_no_slots_behind():
+def test_estimates_release_their_slots():
     import tensorflow as tf
 
     images = keras.Input((16, 16, 3))

@@ -1,4 +1,4 @@
-"""The networks: tables, preprocessing, architecture, batch normalisation, saved files."""
+"""The networks: tables, preprocessing, architecture, batch normalization, saved files."""
 
 import os
 import subprocess
@@ -52,6 +52,7 @@ def python(code, *arguments):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_tables_do_not_import_tensorflow():
     code = (
         "import sys, models; models.check_input_size('vit', 32); "
@@ -63,16 +64,15 @@ def test_tables_do_not_import_tensorflow():
 @pytest.mark.parametrize(
     "name, size", [("resnet50", 32), ("vgg16", 33), ("mobilenetv2", 224), ("vit", 16), ("vit", 240)]
 )
-def test_input_sizes_taken(name, size):
+def test_valid_input_sizes_are_accepted(name, size):
     models.check_input_size(name, size)
 
 
 @pytest.mark.parametrize(
-    "name, size, nearest",
-    [("resnet50", 31, 32), ("vit", 0, 16), ("vit", 225, 224), ("vit", -5, 16)],
+    "name, size, nearest", [("resnet50", 31, 32), ("vit", 0, 16), ("vit", 225, 224), ("vit", -5, 16)]
 )
-def test_input_sizes_refused_with_a_fix(name, size, nearest):
-    with pytest.raises(UsageError, match=rf"received {size}; .* {nearest}$"):
+def test_invalid_input_sizes_are_refused_with_advice(name, size, nearest):
+    with pytest.raises(UsageError, match=rf"Received: {size}; .* {nearest}.$"):
         models.check_input_size(name, size)
     with pytest.raises(UsageError, match="--input_size"):
         build(name, input_size=size)
@@ -94,16 +94,13 @@ def test_preprocessing_equals_keras(key, theirs):
 
 
 @pytest.mark.parametrize("name, count", [("resnet50", 107), ("vgg16", 14), ("mobilenetv2", 105), ("vit", 2 * 8 + 3)])
-def test_candidates(networks, name, count):
+def test_candidates_of_each_backbone(networks, name, count):
     network = networks[name]
     assert len(network.candidates) == count
     assert network.candidates[-1].layer is network.head
     offered = {weight.path for c in network.candidates for weight in c.weights}
     assert {w.path for w in network.trainable_weights} - offered == (
-        {
-            "vit_patching_and_embedding/class_token",
-            "vit_patching_and_embedding/position_embedding/embeddings",
-        }
+        {"vit_patching_and_embedding/class_token", "vit_patching_and_embedding/position_embedding/embeddings"}
         if name == "vit"
         else set()
     )
@@ -118,7 +115,7 @@ def test_cnns_are_flat_and_complete(networks, name, num_layers):
     assert not any(isinstance(layer, keras.Model) for layer in network.model.layers)
 
 
-def test_users_can_take_any_layer_output(networks):
+def test_any_layer_can_be_an_output(networks):
     model = networks["resnet50"].model
     part = keras.Model(model.input, model.get_layer("conv4_block1_out").output)
     assert part(images()).shape == (2, 2, 2, 1024)
@@ -149,9 +146,9 @@ def test_vit_reads_the_class_token(networks):
 
 
 def test_vit_weights_are_accounted_for(networks):
-    # Per block 2 normalisations, 4 attention and 2 dense layers; beside them the
-    # patches, the last normalisation, the position embedding, the class token.
-    assert networks["vit"].weights["backbone_layers"] == 2 * 8 + 4
+    # Per block 2 normalizations, 4 attention and 2 dense layers; beside them the
+    # patches, the last normalization, the position embedding, the class token.
+    assert networks["vit"].provenance["backbone_layers"] == 2 * 8 + 4
 
 
 def test_bn_stats_policy(networks):
@@ -199,7 +196,7 @@ def fit_two_steps(model, size):
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("mode", ["stored", "batch"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_bn_mode_does_not_hang_on_freezing(nested, mode, frozen):
+def test_bn_mode_is_independent_of_freezing(nested, mode, frozen):
     model = small_bn_model(nested)
     batchnorm.MODES[mode](model)
     (bn,) = batchnorm.layers(model)
@@ -214,7 +211,7 @@ def test_bn_mode_does_not_hang_on_freezing(nested, mode, frozen):
     assert moved(model, before) == statistics | affine | others
 
 
-def test_stored_statistics_are_what_training_mode_computes_with():
+def test_training_mode_uses_stored_statistics():
     model = small_bn_model(nested=False)
     (bn,) = batchnorm.layers(model)
     bn.moving_mean.assign([1.0, 2.0, 3.0, 4.0])
@@ -223,7 +220,7 @@ def test_stored_statistics_are_what_training_mode_computes_with():
     np.testing.assert_array_equal(model(images(4, 8), training=True), model(images(4, 8), training=False))
 
 
-def test_statistics_kept_are_the_batchs_and_update_nothing():
+def test_statistics_kept_uses_batch_without_updates():
     model = small_bn_model(nested=True)
     (bn,) = batchnorm.layers(model)
     batch = images(4, 8)
@@ -268,6 +265,7 @@ def test_fit_moves_exactly_the_unfrozen_variables(fitted):
     assert all(layer.trainable for layer in network.model.layers)
 
 
+@pytest.mark.slow
 def test_saved_networks_load_with_keras_alone(fitted, networks, tmp_path):
     saved = {"stored": fitted[0], "vgg16": networks["vgg16"], "vit": networks["vit"]}
     for name, network in saved.items():

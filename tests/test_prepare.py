@@ -1,4 +1,4 @@
-"""--prepare_only: what is ready is skipped, and what can't be had is said with the way to mend it by hand."""
+"""--prepare_only: what is ready is skipped, and what is unavailable is said with the way to mend it by hand."""
 
 import dataclasses
 
@@ -28,32 +28,32 @@ def prepare(tmp_path, *words):
     return main(["--prepare_only", "--data_dir", str(tmp_path / "tfds"), "--log_dir", str(tmp_path / "logs"), *words])
 
 
-def test_what_needs_no_network_is_made_ready_and_then_skipped(offline, tmp_path, capsys):
+def test_local_data_are_prepared_and_then_skipped(offline, tmp_path, capsys):
     for _ in range(2):
         assert prepare(tmp_path, "--weights", "none") == 0
         assert capsys.readouterr().err == "Ready: digits\n"
     assert offline == [] and not (tmp_path / "logs").exists()
 
 
-def test_both_failures_are_said_with_file_and_place(offline, tmp_path, capsys):
+def test_both_failures_name_file_and_location(offline, tmp_path, capsys):
     assert prepare(tmp_path, "--dataset_name", "oxford_iiit_pet", "--model_name", "vgg16") == 1
     err = capsys.readouterr().err
-    assert f"images.tar.gz can be fetched by hand and put at {tmp_path}/tfds/downloads/manual/images.tar.gz" in err
+    assert f"images.tar.gz by hand and save it as {tmp_path}/tfds/downloads/manual/images.tar.gz" in err
     file = "vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5"
-    assert f"{file} can be fetched by hand and put at {tmp_path}/keras/models/{file}" in err
+    assert f"{file} by hand and save it as {tmp_path}/keras/models/{file}" in err
     last = err.splitlines()[-1]
-    assert last.startswith("Error: oxford_iiit_pet isn't prepared") and "weights of vgg16 can't be had" in last
+    assert last.startswith("Error: oxford_iiit_pet is not prepared") and "weights of vgg16 are unavailable" in last
 
 
-def test_the_rest_is_got_although_something_fails(offline, tmp_path, capsys):
+def test_failure_does_not_stop_other_downloads(offline, tmp_path, capsys):
     assert prepare(tmp_path, "--model_name", "mobilenetv2", "--weights", "imagenet", "--input_size", "96") == 1
     err = capsys.readouterr().err.splitlines()
     assert (
-        err[0] == "Ready: digits" and "_1.0_96_no_top.h5 can be" in err[2] and err[1].startswith("Warning: Not ready")
+        err[0] == "Ready: digits" and "_1.0_96_no_top.h5 by hand" in err[2] and err[1].startswith("Warning: Not ready")
     )
 
 
-def test_weights_put_there_by_hand_are_taken(offline, tmp_path):
+def test_weights_saved_by_hand_are_used(offline, tmp_path):
     cfg = Config(model_name="mobilenetv2", input_size=224)
     ((_, path),) = models.files_to_fetch(cfg)
     (tmp_path / "keras" / "models").mkdir(parents=True)
@@ -61,7 +61,7 @@ def test_weights_put_there_by_hand_are_taken(offline, tmp_path):
     assert models.prepare(cfg) == path and offline == []
 
 
-def test_a_vit_preset_is_a_folder_of_two_files(offline, tmp_path):
+def test_vit_preset_is_a_folder_of_two_files(offline, tmp_path):
     files = models.files_to_fetch(Config(model_name="vit", input_size=224))
     assert [path.rsplit("/", 1)[1] for _, path in files] == ["config.json", "model.weights.h5"]
     assert all(
@@ -70,7 +70,7 @@ def test_a_vit_preset_is_a_folder_of_two_files(offline, tmp_path):
     )
 
 
-def test_archives_put_there_by_hand_are_taken(offline, tmp_path, monkeypatch):
+def test_archives_saved_by_hand_are_used(offline, tmp_path, monkeypatch):
     """TFDS compares them with its checksums, so that these, which are empty, come as far as that."""
     cfg = Config(dataset_name="oxford_iiit_pet", data_dir=str(tmp_path))
     for _, path in data.files_to_fetch(cfg):

@@ -1,9 +1,9 @@
-"""Properties of the heart that hold for any input, searched for counterexamples.
+"""Properties of Betti numbers, budgets and arguments that hold for any input; hypothesis searches counterexamples.
 
-Points lie on integer grids where a property is about moves that change nothing:
-there translation, quarter turns, reflections and powers of two are exact in
-floating point, so that equal distances stay equal. With points anywhere, a
-rotation rounds every distance anew, ties break, and the count may truly change.
+Invariances are tested with points on integer grids. Translation, rotation by 90 degrees,
+reflection and scaling by powers of two are exact there, so that equal distances stay
+equal. With other points, a rotation rounds every distance again, which can break ties
+and change the count.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ def test_translation_changes_nothing(cloud, by):
 
 
 @given(grid_clouds(), st.randoms(use_true_random=False))
-def test_quarter_turns_and_reflections_change_nothing(cloud, random):
+def test_rotations_by_90_degrees_and_reflections_change_nothing(cloud, random):
     axes = list(range(cloud.shape[1]))
     random.shuffle(axes)
     signs = np.array([random.choice((-1, 1)) for _ in axes], np.float32)
@@ -118,7 +118,7 @@ def test_equals_ripser_with_ties(cloud):
 
 
 @given(st.lists(arrays.arrays(np.float64, (7, 7), elements=st.integers(0, 9).map(float)), min_size=1, max_size=4))
-def test_equals_ripser_on_matrices_that_are_no_metric(matrices):
+def test_equals_ripser_on_non_metric_matrices(matrices):
     matrices = [np.triu(matrix, 1) + np.triu(matrix, 1).T for matrix in matrices]
     assert betti_1_of_each(matrices, num_threads=2) == [b1_by_ripser(matrix) for matrix in matrices]
 
@@ -167,13 +167,13 @@ def test_any_cloud_has_a_count_or_is_not_finite(cloud):
 
 
 @given(st.floats(1e-9, 1), st.floats(1e-9, 1), st.integers(1, 500))
-def test_the_layer_budget_grows_with_rho(rho, other, num_layers):
+def test_layer_budget_grows_with_rho(rho, other, num_layers):
     low, high = sorted((rho, other))
     assert 1 <= layer_budget(low, num_layers) <= layer_budget(high, num_layers) <= num_layers
 
 
 @given(st.integers(1, 300), st.integers(1, 300))
-def test_a_share_that_means_a_whole_number_gives_it(part, num_layers):
+def test_exact_share_gives_exact_number(part, num_layers):
     part = min(part, num_layers)
     assert layer_budget(part / num_layers, num_layers) == part
 
@@ -191,7 +191,7 @@ def line_network(sizes):
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.floats(1e-9, 1), st.floats(1e-9, 1))
-def test_a_larger_rho_selects_the_same_layers_and_more(scores, rho, other):
+def test_larger_rho_selects_a_superset(scores, rho, other):
     network = line_network(scores)
     few, many = (select_top(network, Config(rho=share), scores) for share in sorted((rho, other)))
     assert set(few.selected) <= set(many.selected)
@@ -203,7 +203,7 @@ def test_a_larger_rho_selects_the_same_layers_and_more(scores, rho, other):
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.data())
-def test_ranks_are_a_permutation_of_those_that_take_part(scores, data):
+def test_ranks_are_a_permutation_of_eligible_layers(scores, data):
     eligible = data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores)))
     ranks = rank(scores, eligible)
     assert sorted(place for place in ranks if place) == list(range(1, sum(eligible) + 1))
@@ -214,7 +214,7 @@ TENSORS = st.lists(st.tuples(st.floats(0, 1), st.integers(1, 9), st.integers(0, 
 
 
 @given(TENSORS, st.integers(1, 120), st.integers(1, 120))
-def test_a_larger_time_budget_buys_no_less_importance(tensors, budget, other):
+def test_larger_time_budget_gives_no_less_importance(tensors, budget, other):
     # Whole-number times, and steps of a whole budget: nothing is rounded, so the optimum is exact.
     importance, t_dw, t_dy = map(np.array, zip(*tensors))
     bought = []
@@ -241,11 +241,7 @@ VALUES = st.one_of(
     st.floats().map(str),
     st.text(max_size=12),
 )  # fmt: skip
-WORDS = st.one_of(
-    st.sampled_from(FLAGS),
-    st.tuples(st.sampled_from(FLAGS), VALUES).map("=".join),
-    VALUES,
-)
+WORDS = st.one_of(st.sampled_from(FLAGS), st.tuples(st.sampled_from(FLAGS), VALUES).map("=".join), VALUES)
 PAIRS = st.lists(st.tuples(st.sampled_from(FLAGS), VALUES), max_size=6).map(
     lambda pairs: [word for pair in pairs for word in pair]
 )
@@ -264,7 +260,7 @@ def test_any_arguments_give_a_config_or_one_line(argv):
         assert str(error)
     except SystemExit as stop:
         if stop.code == 0:
-            assert {"-h", "--help"} & {word.partition("=")[0] for word in argv} or any(
+            assert {"-h", "--help", "--version"} & {word.partition("=")[0] for word in argv} or any(
                 word.startswith("-h") for word in argv
             )
         else:

@@ -1,4 +1,4 @@
-"""Budgets, ranks, ties, the head rule, and what --layers and --exclude_layers name."""
+"""Budgets, ranks, ties, the rule for the head, and the layers that --layers and --exclude_layers match."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_ties_go_to_the_layer_nearer_the_output():
     assert rank([0.5, 1.0, 1.0, 0.0], [True, True, False, True]) == [2, 1, None, 3]
 
 
-def test_the_head_is_added_beyond_the_budget(network):
+def test_head_is_added_to_the_budget(network):
     chosen = select_top(network, Config(rho=0.34), [6, 5, 4, 3, 2, 1])
     assert chosen.max_layers == 2
     assert chosen.selected == ("stem", "branch")
@@ -44,7 +44,7 @@ def test_the_head_is_added_beyond_the_budget(network):
     assert [row["selected"] for row in chosen.layers] == [True, True, False, False, False, False]
 
 
-def test_a_chosen_head_counts_in_the_budget(network):
+def test_selected_head_counts_in_the_budget(network):
     chosen = select_top(network, Config(rho=0.34), [0, 0, 0, 0, 1, 2])
     assert chosen.selected == ("deep_bn", "head")
     assert not chosen.head_added
@@ -58,14 +58,14 @@ def test_excluded_layers_have_no_rank(network):
 
 
 @pytest.mark.parametrize(
-    "pattern, rule", [("nothing", "found in none of 6"), ("", "all 6"), ("(", "regular expression")]
+    "pattern, rule", [("nothing", "which matches none of 6"), ("", "all 6"), ("(", "regular expression")]
 )
-def test_exclude_layers_has_to_match_some_and_leave_some(network, pattern, rule):
+def test_exclude_layers_must_match_some_and_leave_some(network, pattern, rule):
     with pytest.raises(UsageError, match=rule):
         SCHEMES["betti_train"].check(network, Config(exclude_layers=pattern), 100)
 
 
-def test_fewer_than_four_points_are_no_cloud(network):
+def test_fewer_than_four_points_are_refused(network):
     for batch_size, images in [(3, 100), (32, 3)]:
         with pytest.raises(UsageError, match="at least 4 images"):
             SCHEMES["betti_train"].check(network, Config(batch_size=batch_size), images)
@@ -73,13 +73,13 @@ def test_fewer_than_four_points_are_no_cloud(network):
     SCHEMES["betti_train"].check(network, Config(batch_size=3, betti_points=16), 100)
 
 
-def test_a_cloud_that_would_cost_too_much_is_refused_with_the_figure(network):
+def test_too_expensive_clouds_are_refused(network):
     SCHEMES["betti_train"].check(network, Config(betti_points=512), 10_000)
     with pytest.raises(UsageError, match="6000 points, predicted at 3110 s and 2304 MB"):
         SCHEMES["betti_train"].check(network, Config(betti_points=6000), 10_000)
 
 
-def test_stability_is_one_where_batches_agree_and_minus_one_where_they_oppose():
+def test_stability_is_kendalls_tau_of_batches():
     up, down = np.arange(6.0), -np.arange(6.0)
     assert kendall_stability(np.stack([up, up, up])) == pytest.approx(1)
     assert kendall_stability(np.stack([up, down])) == pytest.approx(-1)
@@ -87,7 +87,7 @@ def test_stability_is_one_where_batches_agree_and_minus_one_where_they_oppose():
     assert kendall_stability(np.zeros((2, 6))) is None
 
 
-def test_schemes_without_a_ranking(network):
+def test_schemes_without_ranking_select_their_layers(network):
     def select(name, **flags):
         return SCHEMES[name].select(network, None, Config(train_type=name, **flags))
 
@@ -99,7 +99,7 @@ def test_schemes_without_a_ranking(network):
     assert select("listed_layers", layers="^branch").head_added
 
 
-def test_layers_are_read_from_a_list_and_from_a_selection(network, tmp_path):
+def test_layers_are_read_from_list_or_selection(network, tmp_path):
     paths, selection = tmp_path / "paths.txt", tmp_path / "selection.json"
     paths.write_text("deep\n\nstem\n")
     selection.write_text(json.dumps({"selected": ["deep", "stem"]}))
@@ -112,7 +112,7 @@ def test_layers_are_read_from_a_list_and_from_a_selection(network, tmp_path):
     "content, rule",
     [("deep\nwhat\n", "1 others \\('what'\\)"), ("deep_bm\n", "'deep_bm', near deep_bn and deep"), ("", "empty list"), ('{"a": 1}', "KeyError"), ('{"selected": 3}', "list of layer")],
 )  # fmt: skip
-def test_a_list_that_fits_no_network_is_refused(network, tmp_path, content, rule):
+def test_invalid_layer_list_is_refused(network, tmp_path, content, rule):
     file = tmp_path / "list"
     file.write_text(content)
     with pytest.raises(UsageError, match=rule):

@@ -1,4 +1,4 @@
-"""Runs that are cut off and gone on with: they end like runs that were left alone."""
+"""Interrupted runs: once resumed, they end like runs that were never interrupted."""
 
 import fcntl
 import json
@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import keras
@@ -22,7 +23,10 @@ from benchmarks import kills
 from main import main
 from models import weights
 from selection import elastic_timing, topology
-from training import checkpoint
+from training import callbacks, checkpoint
+from training.segments import Segment, plan_segments
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 # 160 images, 144 of them for training: 9 steps an epoch, and 1 of evaluation.
@@ -73,15 +77,15 @@ def status(folder):
     return json.loads((folder / "summary.json").read_text())["status"]
 
 
-# ---------------------------------------------------------------- it goes on exactly
+# ---------------------------------------------------------------- resuming is exact
 
-# Where a run is ended, and each time it has gone on.
+# Where a run is interrupted, and each time it has been resumed.
 CHAIN = [
-    (checkpoint.Checkpointer, ON_STEP, 4),
-    (checkpoint.Checkpointer, ON_EPOCH, 1),
+    (callbacks.Checkpointer, ON_STEP, 4),
+    (callbacks.Checkpointer, ON_EPOCH, 1),
     (train, "reselect", 1),
-    (checkpoint.Checkpointer, ON_STEP, 9),  # the last of the epoch
-    (checkpoint.Checkpointer, ON_TEST, 1),
+    (callbacks.Checkpointer, ON_STEP, 9),  # the last of the epoch
+    (callbacks.Checkpointer, ON_TEST, 1),
 ]
 SCHEMES = {
     "elastic_training": ["--interval", "1", "--rho", "0.9", "--timing", "measured"],
@@ -90,7 +94,7 @@ SCHEMES = {
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_run_that_is_ended_again_and_again_ends_like_one_that_was_not(scheme, run, tmp_path, monkeypatch, capsys):
+def test_run_resumed_many_times_equals_uninterrupted_run(scheme, run, tmp_path, monkeypatch, capsys):
     flags = ["--train_type", scheme, *SCHEMES[scheme]]
     assert run("alone", *flags) == 0
     with monkeypatch.context() as patch:
@@ -107,11 +111,11 @@ def test_a_run_that_is_ended_again_and_again_ends_like_one_that_was_not(scheme, 
             assert resume(tmp_path / "run") == 143
     assert resume(tmp_path / "run") == 0
     assert kills.compare(tmp_path / "alone", tmp_path / "run") == []
-    places = re.findall(r"Goes on after epoch (\d), step (\d)", capsys.readouterr().err)
+    places = re.findall(r"Resuming after epoch (\d), step (\d)", capsys.readouterr().err)
     assert places == [("0", "4"), ("1", "0"), ("1", "0"), ("1", "9"), ("1", "9")]
 
 
-def test_runs_killed_in_processes_of_their_own_end_like_one_left_alone(tmp_path, data_dir, capsys):
+def test_killed_processes_resume_to_the_same_result(tmp_path, data_dir, capsys):
     settings = {"act_norm_betti_train": [*FEW, "--data_dir", data_dir, "--checkpoint_minutes", "0"]}
     program = [str(ROOT / "tests" / "tiny_main.py")]
     assert kills.kill_and_compare(settings, 2, 0, tmp_path, program, ("training", "saving")) == 0, (
@@ -129,7 +133,7 @@ def cut_off(tmp_path_factory, data_dir, tiny_network):
     flags = [*FEW, "--train_type", "last_layers", "--rho", "0.34", "--checkpoint_minutes", "0", "--data_dir", data_dir]
     assert main([*flags, "--log_dir", str(logs), "--run_name", "alone"]) == 0
     with pytest.MonkeyPatch.context() as patch:
-        at(checkpoint.Checkpointer, ON_STEP, 12, terminate, patch)
+        at(callbacks.Checkpointer, ON_STEP, 12, terminate, patch)
         assert main([*flags, "--log_dir", str(logs), "--run_name", "run"]) == 143
     return logs
 
@@ -156,14 +160,14 @@ def files_of(folder):
         (["--log_dir", "{logs}", "--run_name", "run"], "--resume"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_gone_on_with_is_refused_by_name(argv, says, logs, capsys):
+def test_invalid_resume_is_refused_by_name(argv, says, logs, capsys):
     before = files_of(logs)
     assert main([word.format(logs=logs, run=logs / "run") for word in argv]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line and files_of(logs) == before
 
 
-def test_flags_that_change_no_result_are_taken_and_a_finished_run_is_left_as_it_is(logs, capsys):
+def test_resume_accepts_neutral_flags_and_keeps_finished_run(logs, capsys):
     flags = [
         "--log_dir",
         str(logs),
@@ -181,34 +185,101 @@ def test_flags_that_change_no_result_are_taken_and_a_finished_run_is_left_as_it_
     before = files_of(logs)
     assert resume(logs / "run") == 0
     out, err = capsys.readouterr()
-    assert "is finished" in err and "Accuracy (%)" in out and files_of(logs) == before
+    assert "already finished" in err and "Accuracy (%)" in out and files_of(logs) == before
 
 
-def test_another_version_of_a_library_is_refused_by_name(logs, capsys):
+def test_resume_refuses_another_library_version(logs, capsys):
     config = json.loads((logs / "run" / "config.json").read_text())
     config["versions"]["numpy"] = "1.0"
     (logs / "run" / "config.json").write_text(json.dumps(config))
     assert resume(logs / "run") == 2
-    assert "where it was 1.0" in capsys.readouterr().err.splitlines()[-1]
+    assert "before 1.0" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_run_without_a_checkpoint_starts_over_in_its_folder(logs, run, capsys):
+def test_run_without_checkpoint_restarts_in_its_folder(logs, run, capsys):
     shutil.rmtree(logs / "run" / "checkpoint")
     assert resume(logs / "run") == 0
-    assert kills.compare(logs / "alone", logs / "run") == [] and "Goes on" not in capsys.readouterr().err
+    assert kills.compare(logs / "alone", logs / "run") == [] and "Resuming" not in capsys.readouterr().err
     assert run("new", "--resume", "--select_only") == 0  # a script need not know whether it has begun
+
+
+def test_checkpoints_of_an_earlier_version_are_refused(logs, capsys):
+    folder = logs / "run" / "checkpoint"
+    (folder / "step_0000000009").write_bytes(b"an earlier format")
+    before = files_of(logs)
+    assert resume(logs / "run") == 2
+    assert "an earlier version" in capsys.readouterr().err.splitlines()[-1] and files_of(logs) == before
+
+
+@pytest.mark.parametrize("kind", ["extra member", "missing member", "other dtype", "no record"])
+def test_checkpoint_that_contradicts_its_record_is_corrupt(kind, tmp_path, caplog):
+    arrays = [("variable/0", np.arange(3.0)), ("variable/1", np.array(7))]
+    checkpoint.save(tmp_path, 5, {"epoch": 1}, arrays)
+    saved = checkpoint.latest(tmp_path)
+    assert saved.record == {"epoch": 1}
+    for (_, array), read in zip(arrays, saved.read("variable/"), strict=True):
+        np.testing.assert_array_equal(read, array)
+    with zipfile.ZipFile(saved.path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    if kind == "extra member":
+        members["variable/2.npy"] = members["variable/1.npy"]
+    elif kind == "missing member":
+        del members["variable/1.npy"]
+    elif kind == "other dtype":
+        members["variable/0.npy"] = members["variable/0.npy"].replace(b"<f8", b"<i8")
+    else:
+        del members["record.json"]
+    with zipfile.ZipFile(saved.path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    assert checkpoint.latest(tmp_path) is None and not saved.path.exists()
+
+
+def test_flipped_bits_are_detected_or_without_effect(tmp_path):
+    arrays = [("variable/0", np.arange(12, dtype="f4").reshape(3, 4)), ("variable/1", np.array(7))]
+    checkpoint.save(tmp_path, 5, {"epoch": 1}, arrays)
+    (path,) = (tmp_path / "checkpoint").iterdir()
+    intact, detected = path.read_bytes(), 0
+    for place in range(len(intact)):
+        spoilt = bytearray(intact)
+        spoilt[place] ^= 4
+        path.write_bytes(spoilt)
+        saved = checkpoint.latest(tmp_path)
+        if saved is None:
+            detected += 1
+            continue
+        assert saved.record == {"epoch": 1}
+        assert [array.tobytes() for array in saved.read("variable/")] == [array.tobytes() for _, array in arrays]
+    assert detected > len(intact) / 2  # the rest are dates and the like
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ((4, 4), [(0, 4, False, False)]),
+        ((5, 2), [(0, 2, False, False), (2, 4, True, False), (4, 5, True, False)]),
+        ((5, 2, 0, 3), [(0, 2, False, True), (2, 4, True, False), (4, 5, True, False)]),
+        ((5, 2, 1, 0), [(1, 2, False, True), (2, 4, True, False), (4, 5, True, False)]),
+        ((5, 2, 2, 0), [(2, 2, False, True), (2, 4, True, False), (4, 5, True, False)]),  # before the new selection
+        ((5, 2, 2, 1), [(2, 4, False, True), (4, 5, True, False)]),
+        ((5, 2, 5, 0), [(5, 5, False, True)]),
+        ((3, 3, 3, 0), [(3, 3, False, True)]),
+    ],
+)
+def test_segments_follow_from_flags_and_checkpoint(arguments, expected):
+    assert plan_segments(*arguments) == [Segment(*values) for values in expected]
 
 
 # ---------------------------------------------------------------- signals
 
 
-def test_a_signal_during_the_selection_ends_it_with_a_summary(run, tmp_path, monkeypatch, capsys):
+def test_signal_during_selection_writes_summary(run, tmp_path, monkeypatch, capsys):
     at(topology, "betti_1_of_each", 2, terminate, monkeypatch)
     assert run("run") == 143
     assert status(tmp_path / "run") == "interrupted" and "--resume" in capsys.readouterr().err
 
 
-def test_the_second_sigint_ends_at_once_even_within_a_long_operation():
+def test_second_sigint_ends_process_within_long_operation():
     code = """
 import hashlib, os, signal, threading
 from core import signals
@@ -227,24 +298,24 @@ with signals.handled():
 # ---------------------------------------------------------------- faults
 
 
-def test_damaged_checkpoints_are_told_and_the_one_before_is_used(logs, capsys):
+def test_corrupt_checkpoints_are_deleted_and_older_one_used(logs, capsys):
     _, before, last = sorted((logs / "run" / "checkpoint").iterdir())
     last.write_bytes(last.read_bytes()[:-100])
     spoilt = bytearray(before.read_bytes())
-    spoilt[len(spoilt) // 3] ^= 4
+    spoilt[spoilt.index(b"NUMPY") + 140] ^= 4  # in the first array
     before.write_bytes(spoilt)
     assert resume(logs / "run") == 0
-    told = [line for line in capsys.readouterr().err.splitlines() if "is damaged" in line or "Goes on" in line]
-    assert [last.name in told[0], before.name in told[1], told[2]] == [True, True, "Goes on after epoch 0, step 0"]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "is corrupt" in line or "Resuming" in line]
+    assert [last.name in lines[0], before.name in lines[1], lines[2]] == [True, True, "Resuming after epoch 0, step 0"]
     assert kills.compare(logs / "alone", logs / "run") == []
 
 
-def test_a_full_disk_costs_no_more_than_what_did_not_fit(logs, monkeypatch, capsys):
+def test_full_disk_keeps_everything_written_before(logs, monkeypatch, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = set((logs / "run" / "checkpoint").iterdir())
     with monkeypatch.context() as patch:
         at(
-            checkpoint.Checkpointer,
+            callbacks.Checkpointer,
             ON_STEP,
             3,
             lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1])),
@@ -261,20 +332,20 @@ def test_a_full_disk_costs_no_more_than_what_did_not_fit(logs, monkeypatch, caps
     assert kills.compare(logs / "alone", logs / "run") == []
 
 
-def test_a_run_folder_that_goes_is_told(logs, monkeypatch, capsys):
-    at(checkpoint.Checkpointer, ON_EPOCH, 1, lambda: shutil.rmtree(logs / "run"), monkeypatch)
+def test_deleted_run_folder_is_reported(logs, monkeypatch, capsys):
+    at(callbacks.Checkpointer, ON_EPOCH, 1, lambda: shutil.rmtree(logs / "run"), monkeypatch)
     assert resume(logs / "run") == 1
     assert "which is gone" in capsys.readouterr().err.splitlines()[-1] and not (logs / "run").exists()
 
 
-def test_a_second_process_at_one_run_is_refused(logs, capsys):
+def test_second_process_in_run_folder_is_refused(logs, capsys):
     with open(logs / "run" / "log.txt", "a") as theirs:
         fcntl.flock(theirs, fcntl.LOCK_EX)
         assert resume(logs / "run") == 2
     assert "another process" in capsys.readouterr().err
 
 
-def test_data_that_go_are_named_and_can_come_back(run, tmp_path, monkeypatch, capsys):
+def test_missing_data_file_is_named_and_run_resumes(run, tmp_path, monkeypatch, capsys):
     images = tmp_path / "images"
     rng = np.random.default_rng(0)
     for split, kind, number in [(s, k, n) for s in ("train", "test") for k in ("cat", "dog") for n in range(40)]:
@@ -284,7 +355,7 @@ def test_data_that_go_are_named_and_can_come_back(run, tmp_path, monkeypatch, ca
     flags = ["--dataset_name", "image_folder", "--image_dir", str(images), "--input_size", "32", "--limit_train", "64"]
     flags += ["--train_type", "last_layers"]
     with monkeypatch.context() as patch:
-        at(checkpoint.Checkpointer, ON_EPOCH, 2, lambda: lost.rename(tmp_path / "elsewhere"), patch)
+        at(callbacks.Checkpointer, ON_EPOCH, 2, lambda: lost.rename(tmp_path / "elsewhere"), patch)
         assert run("run", *flags, "--limit_test", "80") == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert f"{lost}, which is gone" in last and status(tmp_path / "run") == "failed"
@@ -292,7 +363,7 @@ def test_data_that_go_are_named_and_can_come_back(run, tmp_path, monkeypatch, ca
     assert resume(tmp_path / "run") == 0 and status(tmp_path / "run") == "done"
 
 
-def test_running_out_of_memory_tells_what_would_fit(tmp_path, data_dir):
+def test_out_of_memory_names_batch_size_that_fits(tmp_path, data_dir):
     command = [sys.executable, str(ROOT / "tests" / "tiny_main.py"), *FEW, "--train_type", "full_training", "--input_size", "512",
                "--batch_size", "64", "--data_dir", data_dir, "--log_dir", str(tmp_path), "--run_name", "run"]  # fmt: skip
     limited = {**os.environ, "TF_CPU_BFC_MEM_LIMIT_IN_MB": "700"}
@@ -306,7 +377,7 @@ def test_running_out_of_memory_tells_what_would_fit(tmp_path, data_dir):
     assert status(tmp_path / "run") == "failed" and (tmp_path / "run" / "selection.json").exists()
 
 
-def test_timings_that_were_damaged_are_measured_anew(tmp_path, caplog):
+def test_corrupt_timings_are_not_used(tmp_path, caplog):
     cost = elastic_timing.Timings("measured", "s", 1.0, 2.0, {"a": 0.5}, {"a": 0.25}, {"host": "here"})
     file = tmp_path / "timings.json"
     elastic_timing._write(file, cost)

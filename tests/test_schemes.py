@@ -17,8 +17,11 @@ from core.errors import RunError, UsageError
 from memory.measure import Peak
 from models import batchnorm, channels
 from models.layers import watching
-from selection import SCHEMES, elastic, elastic_budget, elastic_timing, fisher, prunetrain
+from selection import SCHEMES, elastic, elastic_budget, elastic_timing, fisher, prunetrain, rgn, spectrum
+from selection.fisher import _mean_of_squares, _sum_over_channels
 from selection.ranking import select_layers
+
+pytestmark = pytest.mark.slow
 
 NORMS_AND_BIASES = {"stem/bias", "branch/bias", "branch_bn/gamma", "branch_bn/beta", "deep/bias", "deep_bn/gamma",
                     "deep_bn/beta", "head/kernel", "head/bias"}  # fmt: skip
@@ -32,9 +35,15 @@ def tiny_network(bn_stats="stored", seed=0):
     return network
 
 
+def calibrated_mobilenet():
+    network = backbone_network("mobilenetv2")
+    batchnorm.calibrate(network.model, digits_images(64, 32)[0])
+    return network
+
+
 @pytest.fixture(autouse=True)
 def no_step_is_measured(monkeypatch):
-    """Peak memory isn't what these tests are about, and a third of the loop's tracing."""
+    """Peak memory is not what these tests are about, and a third of the loop's tracing."""
     monkeypatch.setattr(train, "measured_training_step", lambda *args: (Peak(1, "CPU:0"), 0.0))
 
 
@@ -44,6 +53,7 @@ class Images:
     steps_per_epoch = 3
     batch_size = 16
     split_sizes = {"train": 64, "validation": 32, "test": 32}
+    outside_bytes = 0
 
     def __init__(self):
         self.images, self.labels = digits_images(64, 16)
@@ -130,12 +140,15 @@ def test_exactly_the_promised_weights_move(name, segments, tmp_path):
         assert {"head/kernel", "head/bias"} < segments[0][2] < set(values_of(network))
 
 
-def test_schemes_with_a_rho_select_as_many_layers():
+def test_schemes_select_as_many_layers_as_rho_allows():
     network, data = tiny_network(), Images()
     for name in (
         "act_norm_betti_train",
         "betti_train",
         "fisher",
+        "fisher_channels",
+        "rgn",
+        "spectrum",
         "random_layers",
         "last_layers",
         "smallest_activations",
@@ -146,7 +159,7 @@ def test_schemes_with_a_rho_select_as_many_layers():
             assert chosen.head_added == ("head" not in chosen.selected)
 
 
-def test_controls():
+def test_controls_select_by_their_rule():
     network = tiny_network()
 
     def selected(name, **flags):
@@ -162,7 +175,7 @@ def test_controls():
 # ---------------------------------------------------------------- the loop's segments
 
 
-def test_asking_again_for_the_same_changes_no_bit(tmp_path):
+def test_equal_reselection_changes_no_bit(tmp_path):
     """Momenta, learning rate and dropout go on over the new optimizer."""
     outcomes = []
     for interval in (1, 2):
@@ -171,7 +184,7 @@ def test_asking_again_for_the_same_changes_no_bit(tmp_path):
             cfg = config_of("listed_layers", interval=interval, optimizer=optimizer, learning_rate=1e-3)
             chosen = select_layers(network, {"branch", "deep_bn"})
             if interval < 2:
-                again = lambda epoch, chosen=chosen: dataclasses.replace(chosen, reselect=again)  # noqa: B023
+                again = lambda epoch, chosen=chosen: dataclasses.replace(chosen, reselect=again)
                 chosen = again(0)
             folder = Folder(tmp_path)
             train.fine_tune(network, chosen, data, cfg, folder, train.Result())
@@ -184,7 +197,7 @@ def test_asking_again_for_the_same_changes_no_bit(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_slots_of_weights_that_stay_are_kept(optimizer):
+def test_slots_of_remaining_weights_are_kept(optimizer):
     weights = [keras.Variable(np.ones(3), name=name) for name in "abc"]
     cfg = Config(optimizer=optimizer)
     old, new = (train.make_optimizer(cfg, 10) for _ in range(2))
@@ -199,7 +212,7 @@ def test_slots_of_weights_that_stay_are_kept(optimizer):
     assert any(name.startswith("c_") for name in slots)
 
 
-def test_the_best_epoch_is_put_back_over_a_re_selection(tmp_path, monkeypatch):
+def test_best_epoch_is_restored_across_reselection(tmp_path, monkeypatch):
     network, data = tiny_network(), Images()
     then = select_layers(network, {"deep"})
     chosen = dataclasses.replace(select_layers(network, {"stem"}), reselect=lambda epoch: then)
@@ -221,15 +234,13 @@ def _first_is_best(on_epoch_end):
 # ---------------------------------------------------------------- Fisher
 
 
-@pytest.mark.parametrize("make", [tiny_network, small_vit_network])
+@pytest.mark.parametrize("make", [tiny_network, small_vit_network, calibrated_mobilenet])
 def test_fisher_equals_a_slow_reference(make):
     """One image at a time, eagerly, summed by hand."""
     network = make()
     images, labels = digits_images(6, network.model.input_shape[1])
     batches = [(tf.constant(images[:3]), tf.constant(labels[:3])), (tf.constant(images[3:]), tf.constant(labels[3:]))]
-    scores = fisher.information(network, batches, 2)
-
-    expected = np.zeros((6, len(network.candidates)))
+    expected = {reduce: np.zeros((6, len(network.candidates))) for reduce in (_mean_of_squares, _sum_over_channels)}
     for n in range(6):
         outputs = {}
         with tf.GradientTape() as tape:
@@ -242,21 +253,126 @@ def test_fisher_equals_a_slow_reference(make):
             product = outputs[path].numpy()[0].astype(np.float64) * error.numpy()[0]
             last = 2 if path.endswith(("query", "key", "value")) else 1
             per_channel = product.reshape(-1, *product.shape[product.ndim - last :]).sum(axis=0)
-            expected[n, i] = 0.5 * (per_channel**2).sum()
-    np.testing.assert_allclose(scores, expected.reshape(2, 3, -1).mean(axis=1), rtol=2e-3, atol=1e-12)
+            expected[_mean_of_squares][n, i] = 0.5 * (product**2).mean()
+            expected[_sum_over_channels][n, i] = 0.5 * (per_channel**2).sum()
+    for reduce, reference in expected.items():
+        scores = fisher.information(network, batches, 2, reduce)
+        np.testing.assert_allclose(scores, reference.reshape(2, 3, -1).mean(axis=1), rtol=2e-3, atol=1e-12)
 
 
-def test_fisher_names_a_layer_that_is_not_finite():
+def test_fisher_names_layer_with_non_finite_score():
     network = tiny_network()
     network.model.get_layer("deep").kernel.assign(np.full((3, 3, 8, 12), np.nan))
     with pytest.raises(RunError, match="finite.* in "):
         fisher.fisher(network, Images().selection_batches, config_of("fisher"))
 
 
+# ---------------------------------------------------------------- relative gradient norm, spectrum
+
+
+@pytest.mark.parametrize("make", [tiny_network, calibrated_mobilenet])
+def test_rgn_equals_a_slow_reference(make):
+    """One image at a time, eagerly; gradients are averaged before their norm is taken."""
+    network = make()
+    images, labels = digits_images(6, network.model.input_shape[1])
+    batches = [(tf.constant(images[:3]), tf.constant(labels[:3])), (tf.constant(images[3:]), tf.constant(labels[3:]))]
+    weights = [weight for candidate in network.candidates for weight in candidate.weights]
+    gradients = []
+    for n in range(6):
+        with tf.GradientTape() as tape:
+            loss = -tf.nn.log_softmax(network.model(images[n : n + 1], training=False))[0, labels[n]]
+        found = tape.gradient(loss, [weight.value for weight in weights])
+        gradients.append({w.path: g.numpy().astype(np.float64) for w, g in zip(weights, found)})
+    expected = np.zeros((2, len(network.candidates)))
+    for batch, of_batch in enumerate((gradients[:3], gradients[3:])):
+        for i, candidate in enumerate(network.candidates):
+            mean = [sum(one[w.path] for one in of_batch) / 3 for w in candidate.weights]
+            of_weights = np.concatenate([w.numpy().ravel() for w in candidate.weights]).astype(np.float64)
+            expected[batch, i] = np.linalg.norm(np.concatenate([g.ravel() for g in mean])) / np.linalg.norm(of_weights)
+    np.testing.assert_allclose(rgn.relative_gradient_norms(network, batches, 2), expected, rtol=2e-3)
+    assert (expected > 0).all()
+
+
+def test_rgn_names_layer_with_non_finite_score():
+    network = tiny_network()
+    network.model.get_layer("deep").kernel.assign(np.full((3, 3, 8, 12), np.nan))
+    with pytest.raises(RunError, match="finite.* in "):
+        rgn.rgn(network, Images().selection_batches, config_of("rgn"))
+
+
+def test_rgn_of_a_layer_of_zeros_is_finite():
+    network = tiny_network()
+    for weight in network.model.get_layer("branch").trainable_weights:
+        weight.assign(np.zeros(weight.shape))
+    chosen = rgn.rgn(network, Images().selection_batches, config_of("rgn", rho=0.1))
+    assert all(np.isfinite(row["score"]) for row in chosen.layers) and chosen.selected == ("branch",)
+
+
+def slow_signal_to_noise(kernel, input_axes):
+    """From the eigenvalues of the smaller Gram matrix, summed by hand; quantiles by interpolation."""
+    outputs = [axis for axis in range(kernel.ndim) if axis not in input_axes]
+    rows = [kernel[tuple(index.get(axis, slice(None)) for axis in range(kernel.ndim))].ravel()
+            for index in (dict(zip(outputs, place)) for place in np.ndindex(*(kernel.shape[a] for a in outputs)))]  # fmt: skip
+    matrix = np.array(rows, np.float64)
+    small, large = sorted(matrix.shape)
+    gram = matrix @ matrix.T if len(matrix) == small else matrix.T @ matrix
+    values = sorted(max(value, 0) ** 0.5 for value in np.linalg.eigvalsh(gram))
+
+    def quantile(share):
+        place = share * (small - 1)
+        below = int(place)
+        return values[below] + (place - below) * (values[min(below + 1, small - 1)] - values[below])
+
+    threshold = (quantile(0.75) - quantile(0.25)) / 1.349 * (1 + (small / large) ** 0.5)
+    signal = sum(value for value in values if value > threshold)
+    return signal / sum(value for value in values if value <= threshold) / values[-1]
+
+
+@pytest.mark.parametrize("make", [tiny_network, small_vit_network, calibrated_mobilenet])
+def test_spectrum_equals_a_slow_reference(make):
+    network = make()
+    chosen = spectrum.spectrum(network, None, config_of("spectrum"))
+    compared = 0
+    for candidate, row in zip(network.candidates, chosen.layers):
+        if not channels.output_axes(candidate.layer):
+            assert row["score"] == 0
+            continue
+        kernel = candidate.layer.kernel.numpy()
+        inputs = (0,) if candidate.path.endswith(("query", "key", "value")) else range(kernel.ndim - 1)
+        inputs = (0, 1) if channels.is_depthwise(candidate.layer) else inputs
+        with np.errstate(divide="ignore"):
+            expected = slow_signal_to_noise(kernel, inputs)
+        if np.isfinite(expected):
+            assert row["score"] == pytest.approx(expected, rel=1e-5), candidate.path
+            compared += row["score"] > 0
+        else:
+            assert row["score"] == 0, candidate.path
+    assert compared > 1
+
+
+def test_signal_to_noise_of_known_matrices():
+    rng = np.random.default_rng(0)
+    assert spectrum.signal_to_noise(np.zeros((4, 6))) == 0
+    assert spectrum.signal_to_noise(np.eye(8, dtype=np.float32)) == 0
+    assert spectrum.signal_to_noise(np.outer(rng.normal(size=9), rng.normal(size=20)).astype(np.float32)) == 0
+    # Quartiles 1.75 and 3.25, beta 1: a threshold of 2.22, between the 2 and the 3.
+    assert spectrum.signal_to_noise(np.diag([1.0, 2, 3, 4])) == pytest.approx(7 / 3 / 4)
+    wide = rng.normal(size=(5, 30))
+    assert spectrum.signal_to_noise(wide) == pytest.approx(spectrum.signal_to_noise(wide.T))
+    assert spectrum.signal_to_noise(2 * wide) == pytest.approx(spectrum.signal_to_noise(wide) / 2)
+
+
+def test_spectrum_names_kernel_that_is_not_finite():
+    network = tiny_network()
+    network.model.get_layer("deep").kernel.assign(np.full((3, 3, 8, 12), np.nan))
+    with pytest.raises(RunError, match="NaN or infinity in deep/kernel"):
+        spectrum.spectrum(network, None, config_of("spectrum"))
+
+
 # ---------------------------------------------------------------- ElasticTrainer
 
 
-def test_the_dynamic_programme_equals_brute_force():
+def test_dynamic_program_equals_brute_force():
     rng = np.random.default_rng(0)
     for case in range(250):
         n = rng.integers(1, 9)
@@ -271,7 +387,7 @@ def test_the_dynamic_programme_equals_brute_force():
         assert sum(worth[chosen]) == pytest.approx(best), case
 
 
-def test_a_budget_of_a_transformers_size_is_used_up():
+def test_time_budget_is_used_up_for_many_tensors():
     rng = np.random.default_rng(1)
     worth, t_dw, t_dy = (rng.random(150) for _ in range(3))
     budget = 0.4 * (t_dw.sum() + t_dy.sum())
@@ -279,7 +395,7 @@ def test_a_budget_of_a_transformers_size_is_used_up():
     assert 0.97 * budget < elastic_budget.backward_time(chosen, t_dw, t_dy) < 1.01 * budget
 
 
-def test_the_budgets_formula():
+def test_backward_share_follows_its_formula():
     assert elastic_budget.backward_share(0.533, 1, 2) == pytest.approx((0.533 - 1 / 3) * 3 / 2)
     assert elastic_budget.backward_share(1 / 3, 1, 2) == pytest.approx(0)
     assert elastic_budget.backward_share(1, 5, 2) == 1
@@ -315,7 +431,7 @@ def test_update_importance_equals_a_finite_recomputation(bn_stats):
         assert importance[k] == pytest.approx(-(ahead - behind), rel=0.03, abs=1e-6), weights[k].path
 
 
-def test_magnitudes():
+def test_magnitude_importances_are_sums():
     network, data = tiny_network(), Images()
     cfg, batch = config_of("elastic_training"), (data.images[:16], data.labels[:16])
     by_weight = elastic.weight_magnitude(network, *batch, cfg, 0)
@@ -323,7 +439,7 @@ def test_magnitudes():
     assert (elastic.gradient_magnitude(network, *batch, cfg, 0) > 0).all()
 
 
-def test_times_belong_to_the_tensor_that_they_reach():
+def test_times_belong_to_the_tensor_they_reach():
     network = tiny_network()
     cost = elastic_timing.counted(network, 2)
     conv = 2 * 2 * 4 * 4 * (3 * 3 * 8 * 12) + 2 * 4 * 4 * 12  # deep: two images, 4 x 4 positions, and its bias
@@ -363,11 +479,11 @@ def test_measured_times_are_kept_in_the_cache(monkeypatch, tmp_path):
     ):
         file.write_bytes(damaged)
         elastic_timing._known.clear()
-        with pytest.raises(TypeError):  # measured anew
+        with pytest.raises(TypeError):  # measured again
             elastic_timing.timings(network, cfg, 8)
 
 
-def test_a_budget_for_the_head_alone_is_said_and_goes_on(caplog):
+def test_time_budget_for_head_alone_warns(caplog):
     network = tiny_network()
     cost = elastic_timing.counted(network, 16)
     least = cost.forward / (cost.forward + cost.backward)
@@ -379,7 +495,7 @@ def test_a_budget_for_the_head_alone_is_said_and_goes_on(caplog):
         elastic.check(network, config_of("elastic_training", rho=0.2), 100)
 
 
-def test_excluded_layers_pass_the_error_on_and_stay():
+def test_excluded_layers_pass_the_error_and_stay_frozen():
     cfg = config_of("elastic_training", rho=1.0, exclude_layers="branch")
     chosen = elastic.by_gradient_magnitude(tiny_network(), Images().selection_batches, cfg)
     assert chosen.selected == ("stem", "deep", "deep_bn", "head")
@@ -405,7 +521,7 @@ def test_elastic_training_from_the_command_line(tiny, tmp_path, capsys):  # noqa
 
 
 @pytest.mark.parametrize("bn_stats", ["stored", "batch"])
-def test_pruned_channels_give_exactly_zero_and_never_come_back(bn_stats, tmp_path, segments):
+def test_pruned_channels_give_zero_and_stay_pruned(bn_stats, tmp_path, segments):
     network, data = tiny_network(bn_stats), Images()
     for name, few in (("stem", [1]), ("branch", [0, 5]), ("deep", [2, 3, 11])):
         kernel = network.model.get_layer(name).kernel
@@ -435,7 +551,7 @@ def test_pruned_channels_give_exactly_zero_and_never_come_back(bn_stats, tmp_pat
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_momentum_does_not_bring_a_pruned_channel_back(optimizer, tmp_path, monkeypatch):
+def test_momentum_does_not_revive_pruned_channels(optimizer, tmp_path, monkeypatch):
     """Every other channel is pruned while in full motion."""
     network, data = tiny_network(), Images()
     for name in ("stem", "branch", "deep"):
@@ -455,15 +571,11 @@ def test_momentum_does_not_bring_a_pruned_channel_back(optimizer, tmp_path, monk
         assert zero.sum() == count and not layer.bias.numpy()[zero].any()
 
 
-def test_the_penalty_starts_as_its_share_and_stays_out_of_held_out_losses(tmp_path):
+def test_penalty_has_its_share_and_only_in_training(tmp_path):
     network, data = tiny_network(), Images()
     images, labels = data.images[:16], data.labels[:16]
     chosen = prunetrain.prunetrain(network, data.selection_batches, config_of("prunetrain"))
-    assert "head/kernel" not in chosen.penalties and set(chosen.penalties) == {
-        "stem/kernel",
-        "branch/kernel",
-        "deep/kernel",
-    }
+    assert set(chosen.penalties) == {"stem/kernel", "branch/kernel", "deep/kernel", "head/kernel"}
     weights = {weight.path: weight for weight in network.trainable_weights}
     penalty = sum(float(chosen.penalties[path](weights[path])) for path in chosen.penalties)
     logits = network.model(images, training=False)
@@ -481,6 +593,26 @@ def test_the_penalty_starts_as_its_share_and_stays_out_of_held_out_losses(tmp_pa
     assert row["train_loss"] > row["val_loss"] + penalty / 2
 
 
+def test_strong_penalty_prunes_channels_that_stay_zero(tmp_path, monkeypatch, segments):
+    network, data = tiny_network(), Images()
+    monkeypatch.setattr(prunetrain, "PENALTY_SHARE", 0.95)
+    flags = {"num_epochs": 24, "learning_rate": 0.05, "global_clipnorm": 0, "momentum": 0.0}
+    cfg = config_of("prunetrain", **flags)
+    chosen = prunetrain.prunetrain(network, data.selection_batches, cfg)
+    folder, result = Folder(tmp_path), train.Result()
+    monkeypatch.setattr(train.BestEpoch, "restore", lambda self: None)  # the last epoch's weights
+    train.fine_tune(network, chosen, data, cfg, folder, result)
+    last = folder.files["selection.json"]["reselected"][-1]
+    assert sum(last["pruned_channels"].values()) == result.facts["channels_pruned"] > 0
+    assert sum(last["pruned_inputs"].values()) > 0 and result.facts["flops_remaining"] < 1
+    for path, count in last["pruned_channels"].items():
+        assert (network.model.get_layer(path).kernel.numpy() == 0).all(axis=(0, 1, 2)).sum() == count
+    for path, count in last["pruned_inputs"].items():
+        kernel = network.model.get_layer(path).kernel.numpy()
+        others = tuple(axis for axis in range(kernel.ndim) if axis != kernel.ndim - 2)
+        assert (kernel == 0).all(axis=others).sum() >= count
+
+
 def test_channels_of_depthwise_convolutions_and_attention():
     network = backbone_network("mobilenetv2")
     norms = channels.following_norms(network.model)
@@ -488,19 +620,24 @@ def test_channels_of_depthwise_convolutions_and_attention():
     assert len(kernels) == 53 and {c.path for c in kernels} - set(norms) == {"head"}
     assert channels.output_axes(network.model.get_layer("expanded_conv_depthwise")) == (2, 3)
     groups = prunetrain.channel_groups(network, {w.path for w in network.trainable_weights})
-    assert (
-        all(group.largest.size == channels.num_channels(group.candidate.layer) for group in groups)
-        and len(groups) == 52
-    )
+    outputs = [group for group in groups if group.is_output]
+    assert all(group.largest.size == channels.num_channels(group.candidate.layer) for group in outputs)
+    # 35 convolutions that are not depthwise; the head has inputs only, the first convolution outputs only.
+    assert len(outputs) == 35 and len(groups) - len(outputs) == 35
+    assert not any("depthwise" in group.path for group in groups)
+    first, last = groups[0], groups[-1]
+    assert (first.path, first.axes, last.path, last.axes) == ("Conv1", (3,), "head", (0,)) and not last.is_output
 
     vit = small_vit_network()
     by_name = {c.path.rsplit("/", 1)[-1]: c.layer for c in vit.candidates}
     assert [len(channels.output_axes(by_name[name])) for name in ("query", "attention_output", "head")] == [2, 1, 1]
     groups = prunetrain.channel_groups(vit, {w.path for w in vit.trainable_weights})
-    assert all(group.largest.size == channels.num_channels(group.candidate.layer) for group in groups)
+    assert all(g.largest.size == channels.num_channels(g.candidate.layer) for g in groups if g.is_output)
+    axes = {g.path.rsplit("/", 1)[-1]: g.axes for g in groups if not g.is_output}
+    assert axes["query"] == (0,) and axes["attention_output"] == (0, 1)
 
 
-def test_flops_of_a_known_network():
+def test_flops_of_mobilenetv2_equal_the_known_count():
     """MobileNetV2 at 224 pixels takes 300 million multiply-adds without its classifier."""
     network = backbone_network("mobilenetv2", input_size=224)
     convolutions = [c for c in network.candidates if channels.output_axes(c.layer)]
@@ -510,8 +647,8 @@ def test_flops_of_a_known_network():
 # ---------------------------------------------------------------- the command line
 
 
-@pytest.mark.parametrize("name", ["fisher", "prunetrain"])
-def test_schemes_from_the_command_line(name, tiny, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("name", ["fisher", "rgn", "spectrum", "prunetrain"])
+def test_schemes_run_from_the_command_line(name, tiny, tmp_path):  # noqa: F811
     assert tiny("--train_type", name, "--interval", "1") == 0
     run, records = run_of(tmp_path / "logs")
     summary = records["summary.json"]

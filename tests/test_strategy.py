@@ -1,4 +1,4 @@
-"""--strategy: two devices compute what one does, and what can't work is refused."""
+"""--strategy: two devices compute what one does, and what cannot work is refused."""
 
 import csv
 import json
@@ -14,6 +14,8 @@ import pytest
 from core import strategy
 from core.errors import UsageError
 from main import main
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,7 +56,7 @@ def in_process(code, *argv):
                           capture_output=True, text=True)  # fmt: skip
 
 
-def test_two_devices_train_as_one(tmp_path, data_dir):
+def test_two_devices_give_the_losses_of_one(tmp_path, data_dir):
     logs = tmp_path / "logs"
     done = in_process(TWO_DEVICES, "--log_dir", str(logs), "--data_dir", data_dir)
     assert done.returncode == 0, done.stderr
@@ -108,7 +110,7 @@ os._exit(0)  # no waiting for the other worker
 """
 
 
-def test_keras_cannot_fit_on_several_workers():
+def test_keras_fit_fails_under_multi_worker_mirrored():
     """The reason for refusing multi_worker_mirrored. Should this fail, Keras can: lift the refusal."""
     with socket.socket() as one, socket.socket() as two:
         for free in (one, two):
@@ -122,7 +124,7 @@ def test_keras_cannot_fit_on_several_workers():
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": path},
-        )  # fmt: skip
+        )
         for index in range(2)
     ]
     try:
@@ -141,7 +143,7 @@ def test_keras_cannot_fit_on_several_workers():
     [("multi_worker_mirrored", "fails under MultiWorkerMirroredStrategy"), ("mirrored", "at least two devices"),
      ("mirrored --train_type prunetrain", "select once"), ("mirrored --memory_budget_mb 300", "leave out one of them")],
 )  # fmt: skip
-def test_what_cannot_work_is_refused_in_one_line(flags, says, tmp_path, capsys, data_dir):
+def test_impossible_strategy_is_refused_in_one_line(flags, says, tmp_path, capsys, data_dir):
     assert main(["--strategy", *flags.split(), "--log_dir", str(tmp_path / "logs"), "--data_dir", data_dir]) == 2
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and says in err
@@ -152,7 +154,7 @@ def test_what_cannot_work_is_refused_in_one_line(flags, says, tmp_path, capsys, 
     "images, batch_size, devices, size",
     [(64, 16, 2, 16), (33, 16, 2, 12), (360, 32, 4, 28), (7, 16, 8, None), (8, 16, 8, 8), (7, 16, 2, 4)],
 )
-def test_every_device_gets_a_part_of_every_batch(images, batch_size, devices, size):
+def test_every_device_gets_part_of_every_batch(images, batch_size, devices, size):
     found = strategy._even_batch_size(images, batch_size, devices)
     assert found == size
     if size:
@@ -161,7 +163,7 @@ def test_every_device_gets_a_part_of_every_batch(images, batch_size, devices, si
         assert [min(share, max(0, left - share * i)) for i in range(devices)].count(0) == 0
 
 
-def test_images_that_cannot_be_shared_out_are_refused():
+def test_uneven_split_is_refused():
     devices = SimpleNamespace(num_replicas_in_sync=8)
     with pytest.raises(UsageError, match="Received: 7 test images"):
         strategy.check_batches(devices, 16, {"validation": None, "test": 7})

@@ -15,11 +15,16 @@ from pathlib import Path
 
 import pytest
 import sweep
+from sweeping import launch
+from sweeping.board import Board, read_failures
+from sweeping.plan import ADABET_AND_BASELINES, make_parser, plan
 
 import selection
 from data import DATASETS
 from models import BACKBONES
 from run import flags
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(sweep.__file__).parent.parent
 
@@ -38,8 +43,9 @@ cfg = flags.parse(sys.argv[1:])
 seeds = lambda name: (here / name).read_text().split() if (here / name).exists() else []
 if cfg.prepare_only:
     (here / "prepared").open("a").write(cfg.dataset_name + "\\n")
-    sys.exit("Error: lost can't be had" if cfg.dataset_name == "lost" else 0)
+    sys.exit("Error: lost is unavailable" if cfg.dataset_name == "lost" else 0)
 (here / "calls").open("a").write(cfg.run_name + "\\n")
+(here / "gpus").open("a").write(os.environ.get("CUDA_VISIBLE_DEVICES", "unset") + "\\n")
 if str(cfg.seed) in seeds("fail"):
     sys.exit("first line\\nError: the disk is full")
 folder = Path(cfg.log_dir) / cfg.run_name
@@ -63,6 +69,9 @@ SWEEP = f"""
 import sys
 sys.path.insert(0, {str(ROOT / "scripts")!r})
 import sweep
+from sweeping import launch
+from sweeping.board import Board, read_failures
+from sweeping.plan import ADABET_AND_BASELINES, make_parser, plan
 from pathlib import Path
 here = Path(__file__).parent
 if __name__ == "__main__":
@@ -110,7 +119,7 @@ def bench(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def not_for_ever():
+def time_limit():
     """Ends a test that waits for a process which never comes."""
 
     def give_up(*_):
@@ -131,10 +140,10 @@ def lines_of(capsys, *argv):
     return capsys.readouterr().out.splitlines()
 
 
-def test_dry_run_alone_is_the_sixteen_pairs_and_main_accepts_each_line(capsys, tmp_path, monkeypatch):
+def test_dry_run_prints_sixteen_pairs_that_main_accepts(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # without logs
     lines = lines_of(capsys)
-    schemes = [name for name in sweep.ADABET_AND_BASELINES if name in selection.SCHEMES]
+    schemes = [name for name in ADABET_AND_BASELINES if name in selection.SCHEMES]
     assert len(lines) == len(set(lines)) == 4 * 4 * len(schemes)
     configs = []
     for line in lines:
@@ -158,7 +167,7 @@ def rhos_of(capsys, *argv):
     return found
 
 
-def test_rhos_cross_only_schemes_that_read_rho(capsys, monkeypatch):
+def test_rhos_apply_only_to_schemes_that_read_rho(capsys, monkeypatch):
     monkeypatch.setitem(selection.SCHEMES, "own", replace(selection.SCHEMES["betti_train"], rho=0.533))
     types = ["--train_types", "bettitrain,full_training,own", "--rhos"]
     assert rhos_of(capsys, *types, "0.1,0.2") == {
@@ -169,13 +178,13 @@ def test_rhos_cross_only_schemes_that_read_rho(capsys, monkeypatch):
     }  # fmt: skip
 
 
-def test_names_tell_flags_apart_and_ignore_what_changes_nothing(capsys):
+def test_run_names_differ_only_by_decisive_flags(capsys):
     def names(*argv):
         return [flags.parse(shlex.split(line)[2:]).run_name for line in lines_of(capsys, *argv)]
 
     assert len(set(names("--seeds", "0,0,1"))) == len(names("--seeds", "0,1"))
     assert names() == names("--save_txt", "--data_dir", "/elsewhere") == names("--train_types", "--train_types", ",".join(
-        name for name in sweep.ADABET_AND_BASELINES if name in selection.SCHEMES))  # fmt: skip
+        name for name in ADABET_AND_BASELINES if name in selection.SCHEMES))  # fmt: skip
     assert not set(names()) & set(names("--num_epochs", "3"))
 
 
@@ -185,7 +194,7 @@ def test_names_tell_flags_apart_and_ignore_what_changes_nothing(capsys):
      ("--train_types betti", "betti"), ("--models resnet", "resnet"), ("--seeds x", "'x'"), ("--rhos 2", "at most 1"),
      ("--rhos full_training=0.1", "full_training=0.1"), ("--seeds ,", "--seeds"), ("--no_such_flag", "--no_such_flag")],
 )  # fmt: skip
-def test_wrong_use_is_one_line_before_anything_runs(words, says, capsys, tmp_path, monkeypatch):
+def test_wrong_use_gives_one_line_before_anything_runs(words, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert sweep.main(words.split()) == 2
     out, err = capsys.readouterr()
@@ -196,7 +205,7 @@ def test_wrong_use_is_one_line_before_anything_runs(words, says, capsys, tmp_pat
 # ---------------------------------------------------------------- running
 
 
-def test_all_runs_are_done_and_a_second_sweep_starts_none(bench, capsys):
+def test_second_sweep_skips_finished_runs(bench, capsys):
     assert bench.sweep() == 0
     out, err = capsys.readouterr()
     assert "2 of 2 runs are done" in out and "\x1b" not in err
@@ -208,28 +217,28 @@ def test_all_runs_are_done_and_a_second_sweep_starts_none(bench, capsys):
     assert len(bench.folders()) == 4
 
 
-def test_a_failing_run_is_recorded_and_the_rest_go_on(bench, capsys):
+def test_failed_run_is_recorded_and_others_continue(bench, capsys):
     bench.tell("fail", "0")
     assert bench.sweep() == 1
     assert bench.calls == ["0", "1"] and "failed, Error: the disk is full" in capsys.readouterr().err
-    (name, failure), = sweep.read_failures(bench.logs).items()  # fmt: skip
+    (name, failure), = read_failures(bench.logs).items()  # fmt: skip
     assert "_seed0_" in name and (failure["exit_code"], failure["last_line"]) == (1, "Error: the disk is full")
     assert "first line" in Path(failure["log"]).read_text() and flags.parse(failure["arguments"]).seed == 0
     bench.tell("fail", "")
     assert bench.sweep() == 0 and bench.calls == ["0", "1", "0"]
-    assert sweep.read_failures(bench.logs) == {}
+    assert read_failures(bench.logs) == {}
 
 
-def test_a_data_set_that_cannot_be_had_fails_its_runs_alone(bench, capsys):
+def test_unavailable_data_set_fails_only_its_runs(bench, capsys):
     assert bench.sweep(datasets="lost,digits") == 1
     assert "2 of 4 runs are done" in capsys.readouterr().out
     assert (bench.folder / "prepared").read_text().split() == ["lost", "digits"]  # each once
-    failures = sweep.read_failures(bench.logs)
+    failures = read_failures(bench.logs)
     assert len(failures) == 2 and all("_lost_" in name for name in failures)
-    assert {failure["last_line"] for failure in failures.values()} == {"Error: lost can't be had"}
+    assert {failure["last_line"] for failure in failures.values()} == {"Error: lost is unavailable"}
 
 
-def test_only_unfinished_runs_are_gone_on_with(bench):
+def test_only_unfinished_runs_are_resumed(bench):
     assert bench.sweep() == 0
     first, second = [bench.logs / name for name in bench.folders()]
     consoles = [bench.logs / "sweep" / f"{folder.name}.log" for folder in (first, second)]
@@ -240,7 +249,7 @@ def test_only_unfinished_runs_are_gone_on_with(bench):
     assert ["--resume" in console.read_text().splitlines()[0] for console in consoles] == [True, False]
 
 
-def test_the_same_flags_are_recognised_whatever_the_folder_is_called(bench):
+def test_finished_runs_are_recognized_by_flags_not_name(bench):
     assert bench.sweep() == 0
     for folder in bench.folders():
         (bench.logs / folder).rename(bench.logs / f"mine_{folder}")
@@ -249,14 +258,14 @@ def test_the_same_flags_are_recognised_whatever_the_folder_is_called(bench):
     assert bench.sweep("--bn_stats", "stored", seeds="0") == 0 and bench.calls == ["0", "1", "0"]
 
 
-def test_a_run_that_another_sweep_is_at_is_left_to_it(bench, capsys):
+def test_run_of_another_sweep_is_left_alone(bench, capsys):
     assert bench.sweep() == 0
     (name, _) = bench.folders()
     (bench.logs / name / "summary.json").unlink()
     with open(bench.logs / "sweep" / f"{name}.log", "a") as console:
         fcntl.flock(console, fcntl.LOCK_EX)
         assert bench.sweep() == 1
-    assert bench.calls == ["0", "1"] and "another sweep is at it" in capsys.readouterr().err
+    assert bench.calls == ["0", "1"] and "another sweep is running it" in capsys.readouterr().err
     assert (bench.logs / name / "config.json").exists()
 
 
@@ -265,8 +274,34 @@ def test_jobs_run_at_the_same_time(bench):
     assert bench.sweep("--jobs", "2") == 0 and sorted(bench.calls) == ["0", "1"]
 
 
+@pytest.mark.parametrize(
+    "jobs, visible, expected",
+    [("2", "3,5", {"3", "5"}), ("1", "3,5", {"3,5"}), ("2", "", {""}), ("2", "0,1,2", {"0", "1"})],
+)
+def test_each_job_gets_a_gpu_of_its_own(jobs, visible, expected, bench, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if jobs == "2":
+        os.mkfifo(bench.folder / "meet")  # both run at the same time
+    assert bench.sweep("--jobs", jobs) == 0
+    assert set((bench.folder / "gpus").read_text().split("\n")[:-1]) == expected
+
+
+def test_more_jobs_than_gpus_are_refused(bench, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert bench.sweep("--jobs", "3") == 2 and "2 visible GPUs" in capsys.readouterr().err
+
+
+def test_gpus_are_counted_by_nvidia_smi(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\necho "GPU 0: A (UUID: x)"\necho "GPU 1: B (UUID: y)"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert launch.visible_gpus() == ["0", "1"]
+
+
 @pytest.mark.parametrize("deadly, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_children_die_with_the_sweep_which_can_be_taken_up_again(bench, deadly, code):
+def test_children_end_with_the_sweep_which_resumes(bench, deadly, code):
     bench.tell("hang", "1")
     os.mkfifo(bench.folder / "at_work")
     process = bench.start()
@@ -284,31 +319,42 @@ def test_children_die_with_the_sweep_which_can_be_taken_up_again(bench, deadly, 
     assert (bench.logs / first / "summary.json").stat().st_mtime_ns == before
 
 
-def test_slurm_is_one_array_job_of_sweeps_of_one(bench):
-    pytest.importorskip("submitit", reason="submitit, an optional dependency, isn't installed")
+def test_slurm_runs_one_array_job_of_single_runs(bench):
+    pytest.importorskip("submitit", reason="submitit, an optional dependency, is not installed")
     bench.tell("fail", "1")
     process = bench.start("--launcher", "slurm", "--num_epochs", "2", seeds="0,1")
     out, err = process.communicate()
     assert process.returncode == 1, err
     assert "1 of 2 runs are done" in out and "array job of 2 tasks" in err
     assert sorted(bench.calls) == ["0", "1"] and (bench.folder / "prepared").read_text() == "digits\n"
-    (failure,) = sweep.read_failures(bench.logs).values()
+    (failure,) = read_failures(bench.logs).values()
     assert failure["last_line"] == "Error: the disk is full" and "first line" in Path(failure["log"]).read_text()
     (done,) = bench.folders()
     assert json.loads((bench.logs / done / "config.json").read_text())["num_epochs"] == 2
 
 
-def test_slurm_without_submitit_says_what_to_install(bench, capsys, monkeypatch):
+def test_slurm_without_submitit_names_the_package(bench, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert bench.sweep("--launcher", "slurm") == 2
     assert "pip install submitit" in capsys.readouterr().err
 
 
-def test_the_live_table_counts_by_network_and_data_set(bench):
+def test_slurm_is_refused_where_it_is_not_installed(bench, capsys, monkeypatch):
+    pytest.importorskip("submitit", reason="submitit, an optional dependency, isn't installed")
+    (run,) = plan(make_parser().parse_args(bench.words(seeds="0")), [])
+    (bench.logs / "sweep" / "slurm").mkdir(parents=True)
+    (bench.logs / "sweep" / "slurm" / f"{run.name}.job").write_text("7_0\n")  # of an earlier sweep
+    monkeypatch.setenv("PATH", "/nowhere")
+    argv = bench.words("--launcher", "slurm", "--skip_prepare", seeds="0")
+    assert sweep.main(argv, program=[str(bench.folder / "main.py")]) == 2
+    assert "srun" in capsys.readouterr().err.splitlines()[-1] and bench.calls == []
+
+
+def test_live_table_counts_by_network_and_data_set(bench):
     from rich.console import Console
 
-    runs = sweep.plan(sweep.make_parser().parse_args(bench.words(seeds="0,1,2")), [])
-    board = sweep.Board(runs, runs[1:])
+    runs = plan(make_parser().parse_args(bench.words(seeds="0,1,2")), [])
+    board = Board(runs, runs[1:])
     board.states[runs[1]] = "running"
     console = Console(width=120, record=True, file=open(os.devnull, "w"))
     console.print(board.table())

@@ -82,7 +82,7 @@ def test_accuracy_is_mean_and_sd_with_the_best_in_bold(logs, capsys):
     [("Peak memory of a training step, measured (MB)", ["101.0", "400.0"]), ("Time per epoch (s)", ["2.00", "5.00"]),
      ("Selection time (s)", ["0.50", "0.50"])],
 )  # fmt: skip
-def test_the_other_figures(logs, capsys, title, cells):
+def test_table_has_all_metrics(logs, capsys, title, cells):
     assert table.main([str(logs)]) == 0
     *_, row, means = rows_of(capsys, title)
     assert [text.split(" (")[0] for text in row[2:]] == cells and means[2:] == cells
@@ -114,7 +114,7 @@ def test_runs_with_other_flags_are_never_averaged(logs, capsys):
     assert rows[1][3:] == ["70.50 ± 0.71 (2 of 3 seeds: 1 unfinished)", "**90.00** (1 of 3 seeds)"]
 
 
-def test_unlike_columns_and_repeated_seeds_are_said(tmp_path, capsys):
+def test_notes_name_unlike_columns_and_repeated_seeds(tmp_path, capsys):
     logs = tmp_path / "logs"
     adabet(logs, 80.0, 0, num_epochs=5)
     full(logs, 70.0, 0)
@@ -125,7 +125,7 @@ def test_unlike_columns_and_repeated_seeds_are_said(tmp_path, capsys):
     assert "1 repeated runs of a seed are left out" in out and "| **80.00** | 72.00 |" in out
 
 
-def test_broken_and_foreign_folders(logs, capsys):
+def test_broken_and_foreign_folders_are_reported(logs, capsys):
     broken = make_run(logs, 99.0, train_type="full_training", name="broken")
     (broken / "config.json").write_text('{"model_name":')
     (logs / "notes").mkdir()
@@ -138,10 +138,10 @@ def test_broken_and_foreign_folders(logs, capsys):
     assert "seeds 0, 1, 2, 3." in out
 
 
-def test_what_failed_before_it_had_a_folder_is_in_the_table(logs, capsys):
+def test_run_that_failed_without_folder_is_listed(logs, capsys):
     arguments = ["--model_name", "mobilenetv2", "--dataset_name", "stanford_dogs", "--train_type", "full_training"]
     (logs / "sweep").mkdir()
-    (logs / "sweep" / "failures.json").write_text(json.dumps({"lost": {"arguments": arguments}}))
+    (logs / "sweep" / "lost.json").write_text(json.dumps({"arguments": arguments}))
     assert table.main([str(logs)]) == 0
     *_, row, _ = rows_of(capsys, "Accuracy (%)")
     assert row == ["mobilenetv2", "stanford_dogs", "no run", "no result: 1 failed"]
@@ -167,7 +167,7 @@ def no_measuring(monkeypatch):
     monkeypatch.setattr(plot, "inference_peak_bytes", lambda config: 60e6)
 
 
-def test_all_five_pictures_of_half_finished_logs(logs, tmp_path, capsys, no_measuring):
+def test_all_plots_of_unfinished_logs_are_drawn(logs, tmp_path, capsys, no_measuring):
     adabet(logs, 88.0, 0, rho=0.3)
     out = tmp_path / "plots"
     assert plot.main([str(logs), "--out", str(out)]) == 0
@@ -179,7 +179,7 @@ def test_all_five_pictures_of_half_finished_logs(logs, tmp_path, capsys, no_meas
     assert "not finished (unfinished)" in capsys.readouterr().err
 
 
-def test_the_memory_picture_shows_the_summaries(logs, no_measuring):
+def test_memory_plot_shows_the_summaries(logs, no_measuring):
     (_, figure), = plot.memory(run_folders.read([str(logs)])[0])  # fmt: skip
     (axis,) = figure.axes
     assert [label.get_text() for label in axis.get_xticklabels()] == ["mobilenetv2"]  # resnet50 lacks full training
@@ -187,14 +187,14 @@ def test_the_memory_picture_shows_the_summaries(logs, no_measuring):
     plot.plt.close(figure)
 
 
-def test_the_tradeoff_picture_shows_means(logs):
+def test_tradeoff_plot_shows_means(logs):
     figure = dict(plot.tradeoff(run_folders.read([str(logs)])[0]))["tradeoff_mobilenetv2_digits"]
     points = {tuple(line.get_xydata()[0]) for line in figure.axes[0].lines if line.get_marker() in plot.MARKERS}
     assert points == {(101, 82), (400, 70.5)}
     plot.plt.close(figure)
 
 
-def test_what_the_runs_lack_is_said(tmp_path, capsys):
+def test_missing_runs_are_reported(tmp_path, capsys):
     logs = tmp_path / "logs"
     full(logs, 70.0, 0)
     assert plot.main([str(logs), "--out", str(tmp_path / "plots"), "--only", "rho"]) == 1

@@ -5,9 +5,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-import models  # noqa: E402
-from core import environment  # noqa: E402, F401  before anything imports TensorFlow
-from main import main  # noqa: E402
+import models
+from core import environment  # noqa: F401  before anything imports TensorFlow
+from main import main
 
 
 def assemble(cfg, num_classes):

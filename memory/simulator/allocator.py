@@ -1,9 +1,9 @@
-"""TensorFlow's best-fit-with-coalescing allocator, as far as its byte counts go.
+"""TensorFlow's best-fit-with-coalescing allocator, for its byte counts.
 
-The measured peak counts chunks, not requests. A free chunk is split only where
-it is at least twice the request (or 128 MiB too large), so that a request may
-hold almost twice its size: in a training step of MobileNetV2 that is an eighth
-of the peak. Rules as in TensorFlow's bfc_allocator.cc.
+The measured peak counts chunks, not requests. A free chunk is split only if it is at
+least twice the request (or 128 MiB too large), so that a request may occupy almost twice
+its size: an eighth of the peak in a training step of MobileNetV2. The rules are those of
+TensorFlow's bfc_allocator.cc.
 """
 
 from bisect import bisect_left, insort
@@ -14,7 +14,7 @@ _FIRST_REGION = 2 << 20  # bytes
 
 
 class Chunk:
-    """A piece of a region: handed out or free, with its neighbours in address order."""
+    """A piece of a region, in use or free, with its neighbours in address order."""
 
     __slots__ = ("address", "after", "before", "free", "size")
 
@@ -27,19 +27,19 @@ class Allocator:
     """Hands out chunks and counts their bytes.
 
     Attributes:
-        in_use: int. Bytes of the chunks handed out, waste included.
+        in_use: int. Bytes of the chunks in use.
     """
 
     def __init__(self):
         self.in_use = 0
-        # One list orders as the real bins do: they part sizes at powers of two, and
-        # within a bin the smallest chunk that fits wins, the lowest address among equals.
+        # One sorted list gives the order of the real bins: the smallest chunk that fits, and the
+        # lowest address among equals.
         self._free = []  # (size, address, chunk), sorted
         self._region_bytes = _FIRST_REGION
         self._next_address = 0
 
     def allocate(self, num_bytes):
-        """Returns a Chunk of at least `num_bytes`; None for no bytes at all."""
+        """Returns a Chunk of at least `num_bytes`, or None for no bytes."""
         if num_bytes == 0:
             return None
         size = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
@@ -58,7 +58,7 @@ class Allocator:
         return chunk
 
     def release(self, chunk):
-        """Takes a chunk back and merges it with free neighbours."""
+        """Frees a chunk and merges it with free neighbours."""
         if chunk is None:
             return
         self.in_use -= chunk.size
@@ -77,7 +77,7 @@ class Allocator:
             self._region_bytes *= 2
             grown = True
         self._put_back(Chunk(self._region_bytes, self._next_address))
-        self._next_address += 2 * self._region_bytes  # a gap: regions never merge
+        self._next_address += 2 * self._region_bytes  # a gap, because regions never merge
         if not grown:
             self._region_bytes *= 2
 

@@ -1,11 +1,11 @@
-"""Runs a step without computing: TensorFlow's order of operations, and the buffers they hold.
+"""Runs a step without computing: TensorFlow's order of operations, and their buffers.
 
-The order decides the peak: whether a gradient is used up before the next one is
-made, and whether a weight is read again after its decay. TensorFlow's executor
-keeps a queue a thread. What an operation makes ready goes to the front of its
-thread's queue, the last of it at once; a thread with nothing to do takes from
-the back of another's. (That is its way on a CPU. On a GPU the order is another,
-and a stream's own; no estimate has been held against a measurement there.)
+The order determines the peak: whether a gradient is used before the next one is
+computed, and whether a weight is read again after its decay. TensorFlow's executor has
+one queue per thread. Operations that become ready go to the front of their thread's
+queue, and the last of them runs at once; an idle thread takes from the back of another
+queue. This describes a CPU. A GPU has another order, and no estimate has been compared
+with a measurement there.
 """
 
 import heapq
@@ -15,13 +15,13 @@ from memory.simulator import kernels
 
 
 class Buffer:
-    """Memory that tensors share. It is released with its last reference.
+    """Memory that tensors share, released with its last reference.
 
     Attributes:
         chunk: allocator.Chunk or None.
-        num_bytes: int. What was asked for.
+        num_bytes: int. The requested size.
         references: int.
-        part: str. What the split of the peak counts it as.
+        part: str. Its part in the split of the peak.
     """
 
     __slots__ = ("chunk", "num_bytes", "part", "references")
@@ -35,13 +35,13 @@ class Buffer:
 
 
 class Memory:
-    """The buffers of a device: an allocator, what its bytes are for, and their peak.
+    """The buffers of a device: their allocator, their parts, and the peak.
 
     Attributes:
         parts: dict from part to bytes in use.
-        peak: int. Most bytes in use since `forget_peak`.
+        peak: int. The largest number of bytes in use since `forget_peak`.
         peak_parts: dict. The parts at the peak.
-        peak_op: step_graph.Op or None. What ran when the peak was reached.
+        peak_op: step_graph.Op or None. The operation that reached the peak.
         variables: dict from a variable's key to its Buffer.
     """
 
@@ -72,19 +72,19 @@ class Memory:
             self.allocator.release(buffer.chunk)
 
     def relabel(self, buffer, part):
-        """Counts a buffer as something else from now on."""
+        """Changes the part of a buffer."""
         self.parts[buffer.part] -= buffer.size
         self.parts[part] = self.parts.get(part, 0) + buffer.size
         buffer.part = part
 
 
 def run(step, memory, num_threads):
-    """Lets all operations of a step happen, in order, to `memory`.
+    """Applies all operations of a step to `memory`, in order.
 
     Args:
         step: step_graph.Step.
         memory: Memory that holds the step's variables.
-        num_threads: int. Threads between which operations are shared out.
+        num_threads: int. Threads that run operations.
     """
     _Run(step, memory, num_threads).all()
 
@@ -93,7 +93,7 @@ class _Run:
     def __init__(self, step, memory, num_threads):
         self.ops, self.memory = step.ops, memory
         self.waiting_for = [op.num_in_edges for op in step.ops]
-        self.held = {}  # (op, port) -> Buffer, for what runs or waits to be read
+        self.held = {}  # (op, port) -> Buffer of running operations
         self.inputs = [[None] * len(op.inputs) for op in step.ops]
         self.queues = [deque() for _ in range(num_threads)]
         self.inline = [deque() for _ in range(num_threads)]
@@ -117,7 +117,7 @@ class _Run:
             self.next(thread)
 
     def next(self, thread):
-        """Lets a thread start on its next operation, or go idle."""
+        """Starts a thread's next operation, or makes the thread idle."""
         if self.inline[thread]:
             index = self.inline[thread].popleft()
         elif self.queues[thread]:
@@ -133,7 +133,7 @@ class _Run:
         heapq.heappush(self.events, (self.now + self.ops[index].seconds, self.count, thread, index))
 
     def start(self, index):
-        """Gives an operation its output buffers."""
+        """Creates an operation's output buffers."""
         op, inputs, memory = self.ops[index], self.inputs[index], self.memory
         if op.type == "ReadVariableOp":
             outputs = [self.take(memory.variables[op.variable])]
@@ -175,7 +175,7 @@ class _Run:
         return None
 
     def change_variable(self, op, inputs):
-        """Assigns to a variable: a new value by taking its buffer, a change in place where nobody reads the old one."""
+        """Assigns to a variable: takes the new buffer, or changes in place if nothing else reads the old one."""
         memory, before = self.memory, self.memory.variables[op.variable]
         if op.type == "AssignVariableOp":
             after = self.take(inputs[1])
@@ -189,7 +189,7 @@ class _Run:
         memory.drop(before)
 
     def finish(self, index, thread):
-        """Hands an operation's outputs on, lets its inputs go, and queues what became ready."""
+        """Passes an operation's outputs on, releases its inputs, and queues the operations that are ready."""
         op, memory = self.ops[index], self.memory
         for port, consumers in enumerate(op.consumers):
             buffer = self.held.pop((index, port), None)

@@ -1,9 +1,9 @@
-"""What TensorFlow's kernels do with buffers, and how long they roughly take.
+"""How TensorFlow's kernels use buffers, and how long they take.
 
-Three kinds matter. Most kernels allocate each of their outputs. Some hand their
-input on without a copy. Elementwise ones write over an input, but only where
-nobody else holds it and its size and type are the output's. Read in
-TensorFlow's kernels, and checked against the allocator's own trace.
+Most kernels allocate their outputs. Some pass their input on without a copy.
+Elementwise kernels write over an input if nothing else refers to it and its size and
+type are those of the output. This follows TensorFlow's kernels and was checked against
+the trace of the allocator.
 """
 
 import math
@@ -11,11 +11,11 @@ import math
 # The output is the first input's buffer.
 PASSES_ON = frozenset(
     "Identity IdentityN StopGradient PreventGradient Snapshot Reshape Squeeze ExpandDims Bitcast CheckNumerics "
-    # On a TemporaryVariable, with which TensorFlow adds up many gradients in one buffer:
+    # On a TemporaryVariable, in which TensorFlow sums gradients:
     "Assign AssignAdd AssignSub DestroyTemporaryVariable".split()
 )
 
-# The output takes over one of these inputs' buffers where it can.
+# The output uses the buffer of one of these inputs if possible.
 _UNARY = (
     "Abs Neg Square Sqrt Rsqrt Reciprocal Inv Exp Expm1 Log Log1p Sign Sin Cos Tanh Sigmoid Erf Erfc Floor Ceil Round "
     "Relu Relu6 LeakyRelu Elu Selu Softplus Softsign Softmax LogSoftmax LogicalNot BiasAdd Cast ClipByValue Cumsum"
@@ -33,7 +33,7 @@ WRITES_OVER = {
     "Select": (1, 2),
 }
 
-# The executor runs these where they turn up, instead of handing them to the thread pool.
+# The executor runs these at once, not in the thread pool.
 INEXPENSIVE = frozenset(
     [
         "_Arg",
@@ -54,11 +54,10 @@ INEXPENSIVE = frozenset(
     ]
 )
 
-# They look at a tensor's shape only.
+# These read only the shape of a tensor.
 READS_SHAPE = frozenset({"Shape", "ShapeN", "Size", "Rank"})
 
-# Rough speeds of one core. They only decide which of two operations that run side by
-# side ends first.
+# Rough speeds of one core, which determine which of two parallel operations ends first.
 _BYTES_PER_S = 4e9
 _FLOPS_PER_S = 4e10
 _OVERHEAD_S = 5e-6
@@ -70,7 +69,7 @@ _BACK_TO_FILTER = frozenset({"Conv2DBackpropFilter", "DepthwiseConv2dNativeBackp
 
 
 def seconds(op):
-    """Returns roughly how long an operation takes.
+    """Returns a rough duration of an operation in seconds.
 
     Args:
         op: step_graph.Op.

@@ -1,9 +1,9 @@
-"""The training step as TensorFlow will run it: traced and optimised, nothing computed.
+"""The training step as TensorFlow will run it, traced and optimized, without computing it.
 
-The trace has the step's operations with their shapes. TensorFlow then rewrites
-it (merges operations, drops what is computed twice), which changes what is
-kept; so the same rewriting is asked for here. This is the one place that uses
-TensorFlow's private interfaces: there is no public way to that graph.
+The trace has the step's operations with their shapes. TensorFlow then rewrites it: it
+merges operations and removes duplicates, which changes what is kept. The same rewriting
+is applied here. There is no public way to that graph, so that this module uses private
+interfaces of TensorFlow.
 """
 
 import contextlib
@@ -32,16 +32,16 @@ class Op:
     """One operation of a step.
 
     Attributes:
-        index: int. Its place in `Step.ops`.
+        index: int. The index in `Step.ops`.
         name, type: str.
         inputs, outputs: list of Tensor.
         consumers: for each output, the list of (op index, input slot) that read it.
-        out_edges: list of op indices, one an edge, control edges too.
+        out_edges: list of op indices, one per edge, control edges included.
         num_in_edges: int.
         variable: key of the variable that it reads or changes, or None.
-        resident: key of what it outputs without computing (the batch, a constant), or None.
-        part: str. What its outputs count as: activations, gradients or temporary.
-        seconds: float. Roughly what it takes.
+        resident: key of an output that is in memory (the batch, a constant), or None.
+        part: str. The part of its outputs: activations, gradients or temporary.
+        seconds: float. A rough duration.
     """
 
     index: int
@@ -75,10 +75,10 @@ class Step:
     layer_scopes: dict
 
     def layer_of(self, op):
-        """Returns the path of the layer that an Op belongs to, ``optimizer`` for its part, or else the op's name.
+        """Returns the path of the layer of an Op, `optimizer` for the optimizer's, or else the op's name.
 
-        What stands in no layer, as a sum of gradients does, belongs to the layer
-        whose results it takes in.
+        An operation outside of layers, such as a sum of gradients, belongs to the layer
+        whose results it uses.
         """
         found, seen = [op], set()
         while found:
@@ -97,23 +97,25 @@ class Step:
 
 
 def trace(model, input_shape):
-    """Traces and optimises the training step of a compiled model.
+    """Traces and optimizes the training step of a compiled model.
 
-    The trace is Keras's own: a first `train_on_batch` with a batch of this shape
-    uses it again, and so costs that much less.
+    The trace is Keras' own, and the first `train_on_batch` with a batch of this shape
+    uses it again.
 
     Args:
-        model: compiled keras.Model, not yet trained.
-        input_shape: tuple (B, ...). The shape of a batch of inputs; labels are integers, one each.
+        model: keras.Model. Compiled, not trained yet.
+        input_shape: tuple (B, ...). The shape of a batch of inputs. Labels are integers.
 
     Returns:
         Step.
     """
     model.optimizer.build(model.trainable_variables)
-    inputs = tf.TensorSpec(input_shape, model.inputs[0].dtype)
+    specs = [tf.TensorSpec((input_shape[0], *image.shape[1:]), image.dtype) for image in model.inputs]
+    inputs = specs[0] if len(specs) == 1 else tuple(specs)
     labels = tf.TensorSpec(input_shape[:1], tf.int64)
-    # As train_on_batch does, without values: metrics and loss make their variables now.
-    model._symbolic_build(data_batch=(tf.zeros((1, *input_shape[1:]), inputs.dtype), tf.zeros((1,), labels.dtype)))
+    # Creates the variables of metrics and loss, as train_on_batch does.
+    one = tf.nest.map_structure(lambda spec: tf.zeros((1, *spec.shape[1:]), spec.dtype), (inputs, labels))
+    model._symbolic_build(data_batch=one)
     model.make_train_function()
     with _noting(model) as notes:
         concrete = _step_function(model).get_concrete_function((inputs, labels, None))
@@ -121,7 +123,7 @@ def trace(model, input_shape):
 
 
 def trace_inference(model, input_shape):
-    """Traces and optimises a forward pass in inference mode; arguments as in `trace`."""
+    """Traces and optimizes a forward pass in inference mode; arguments as in `trace`."""
     inputs = tf.TensorSpec(input_shape, model.inputs[0].dtype)
     forward = tf.function(lambda images: model(images, training=False), jit_compile=False)
     with _noting(model) as notes:
@@ -131,12 +133,12 @@ def trace_inference(model, input_shape):
 
 @dataclass
 class _Notes:
-    """What is seen of a trace while it is made.
+    """What is recorded while a step is traced.
 
     Attributes:
         layer_scopes: dict, as in Step.
-        forward: set of names of the operations that stood there before any gradient.
-        gradients: set of names of the operations that make the weights' gradients.
+        forward: set of names of the operations before the first gradient.
+        gradients: set of names of the operations that compute the weights' gradients.
         optimizer: str. The optimizer's name scope.
     """
 
@@ -168,7 +170,7 @@ def _noting(model):
         notes.gradients = {gradient.op.name for gradient, _ in pairs if gradient is not None}
         return type(optimizer).apply_gradients(optimizer, pairs)
 
-    optimizer = model.optimizer
+    optimizer = getattr(model, "optimizer", None)  # absent before the model is compiled
     layers = list(model._flatten_layers(include_self=False))
     with calls_replaced(layers, note_scope):
         if optimizer is None:
@@ -176,7 +178,7 @@ def _noting(model):
             return
         notes.optimizer = optimizer.name
         notes.layer_scopes[optimizer.name] = "optimizer"
-        # Past Keras's own __setattr__, which tracks what it is given.
+        # Keras' own __setattr__ would track the function.
         object.__setattr__(optimizer, "scale_loss", note_loss)
         object.__setattr__(optimizer, "apply_gradients", note_gradients)
         try:
@@ -187,11 +189,11 @@ def _noting(model):
 
 
 def _step_function(model):
-    """Returns the tf.function of one training step inside Keras's train function, or one like it."""
+    """Returns the tf.function of one training step inside Keras' train function, or an equal one."""
     found = _in_closure(_in_closure(model.train_function, "one_step_on_data"), "step_func")
     if hasattr(found, "get_concrete_function"):
         return found
-    return tf.function(model.train_step, jit_compile=False)  # costs a trace of its own
+    return tf.function(model.train_step, jit_compile=False)  # traces once more
 
 
 def _in_closure(function, name):
@@ -202,8 +204,9 @@ def _in_closure(function, name):
 
 
 def _part_of_variables(model):
-    """Returns a function from a tf.Variable to what it counts as."""
-    slots = {id(v.value) for v in model.optimizer.variables} if model.optimizer else set()
+    """Returns a function from a tf.Variable to its part."""
+    optimizer = getattr(model, "optimizer", None)
+    slots = {id(v.value) for v in optimizer.variables} if optimizer else set()
     return lambda variable: "optimizer" if id(variable) in slots else "weights"
 
 
@@ -215,7 +218,7 @@ def _step(concrete, notes, part_of):
     for node in graph_def.node:
         node.device = f"/job:localhost/replica:0/task:0/device:{environment.device()}"
         variable = captured.get(node.name)
-        if variable is not None:  # as a handle, the optimiser knows the shape of what is read from it
+        if variable is not None:  # a handle with a known shape
             node.op = "VarHandleOp"
             node.attr.clear()
             node.attr["dtype"].type = variable.dtype.as_datatype_enum
@@ -223,7 +226,7 @@ def _step(concrete, notes, part_of):
             node.attr["shared_name"].s = node.name.encode()
             variables[node.name] = variable
     with tf.Graph().as_default() as graph:
-        tf.import_graph_def(_optimised(graph_def, concrete), name="")
+        tf.import_graph_def(_optimized(graph_def, concrete), name="")
 
     ops = _ops(graph, variables)
     _name_parts(ops, notes)
@@ -235,8 +238,8 @@ def _step(concrete, notes, part_of):
     )
 
 
-def _optimised(graph_def, concrete):
-    """Returns the graph as TensorFlow's graph optimiser leaves it before a run."""
+def _optimized(graph_def, concrete):
+    """Returns the graph after TensorFlow's graph optimizer."""
     from tensorflow.core.protobuf import config_pb2, meta_graph_pb2
     from tensorflow.python.grappler import tf_optimizer
 
@@ -276,7 +279,9 @@ def _ops(graph, variables):
         if op.type.startswith(_ON_VARIABLES):
             op.variable = tf_op.inputs[0].op.name
             if op.variable not in variables:
-                raise NotImplementedError(f"{op.name} uses a variable of no known handle: {op.variable}")
+                raise NotImplementedError(
+                    f"the variables of a step must have known handles. Received: {op.name} with {op.variable}."
+                )
         if op.type in ("Placeholder", "Const"):
             op.resident = op.name
         op.seconds = kernels.seconds(op)
@@ -284,7 +289,7 @@ def _ops(graph, variables):
 
 
 def _tensor(tensor):
-    """Returns the Tensor of a symbolic one; an unknown size counts as 1, and no shape as no bytes."""
+    """Returns the Tensor of a symbolic one. An unknown size counts as 1, an unknown shape as no bytes."""
     dtype = tensor.dtype.base_dtype
     shape = tuple(size or 1 for size in tensor.shape.as_list()) if tensor.shape.rank is not None else (0,)
     unsized = dtype in (tf.resource, tf.variant, tf.string)
@@ -292,7 +297,7 @@ def _tensor(tensor):
 
 
 def _name_parts(ops, notes):
-    """Says of each operation's output what it counts as in the split."""
+    """Sets the part of each operation's output in the split."""
     if notes.forward is None:
         return
     forward = [op.name in notes.forward for op in ops]
@@ -310,7 +315,7 @@ def _name_parts(ops, notes):
             op.part = "activations" if read_by_backward(op) else "temporary"
         elif op.name in notes.gradients:
             op.part = "gradients"
-    # Clipping multiplies each gradient by one number: its results are the gradients from then on.
+    # Clipping multiplies each gradient by a number. Its results are the gradients afterwards.
     for op in ops:
         if op.part == "gradients":
             for consumer, slot in itertools.chain(*op.consumers):

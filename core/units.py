@@ -1,0 +1,3 @@
+"""Units of what the program prints."""
+
+MB = 10**6  # bytes

@@ -1,0 +1,170 @@
+"""Cuts a partly frozen network in two: a prefix that training never changes, and the suffix that trains.
+
+Both parts are Keras models on the layers and variables of the whole network, so
+that training the suffix trains the network.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+# Reading a byte of a cached feature costs about as much time as this many operations of a forward
+# pass: 1 GB/s from the cache to a batch, 20 GFLOP/s. An elementwise layer is not worth a larger cut.
+FLOPS_PER_BYTE = 20
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A network in two parts.
+
+    Attributes:
+        prefix: keras.Model. Images (B, S, S, 3) to the features, float32, each (B, ...).
+        suffix: keras.Model. The features, a tensor or a tuple of several, to logits (B, classes).
+        layers: tuple of str. The layers whose outputs are the features.
+        bytes_per_image: int. Size of the features of one image.
+        saved: float. Share of the operations of a forward pass that the prefix computes.
+        saved_of_step: float. Share of the operations of a training step that the prefix computes,
+            if every weight behind the cut needed a gradient and every output one too: a lower bound.
+    """
+
+    prefix: Any
+    suffix: Any
+    layers: tuple[str, ...]
+    bytes_per_image: int
+    saved: float
+    saved_of_step: float
+
+    def outside_bytes(self, part: keras.Model) -> int:
+        """Returns the size of the weights that stay in memory while only `part` computes.
+
+        Args:
+            part: keras.Model. The prefix or the suffix.
+        """
+        inside = {id(variable) for variable in part.weights}
+        weights = {id(variable): variable for variable in [*self.prefix.weights, *self.suffix.weights]}
+        return sum(4 * math.prod(weight.shape) for key, weight in weights.items() if key not in inside)
+
+    @property
+    def name(self) -> str:
+        """str. The layers whose outputs are kept, for logs and records."""
+        return " + ".join(self.layers)
+
+
+def find_cut(model: keras.Model) -> Cut | None:
+    """Returns the cut of a frozen network that costs least, or None if no cut saves anything.
+
+    The prefix may contain nothing that trains and nothing random. Among the places
+    where that holds, the cut minimizes the operations behind it plus
+    `FLOPS_PER_BYTE` for each byte that crosses it. Where residual branches cross,
+    each of their tensors counts.
+
+    Args:
+        model: keras.Model, functional. Its weights are frozen one by one
+            (`weight.trainable`), and its batch normalization does not use batch
+            statistics.
+    """
+    flat = flattened(model)
+    nodes = _nodes_in_order(flat)
+    flops = [_forward_flops(node) for node in nodes]
+    total = sum(flops)
+    last_use = {}
+    for place, node in enumerate(nodes):
+        last_use.update({id(tensor): place for tensor in node.input_tensors})
+
+    best, best_cost = None, total + FLOPS_PER_BYTE * sum(map(_num_bytes, flat.inputs))
+    done, crossing = 0, list(flat.inputs)
+    for place, node in enumerate(nodes[:-1]):
+        if _changes(node.operation):
+            break
+        done += flops[place]
+        crossing = [tensor for tensor in [*crossing, *node.output_tensors] if last_use[id(tensor)] > place]
+        if any(tensor is image for tensor in crossing for image in flat.inputs):
+            continue
+        cost = total - done + FLOPS_PER_BYTE * sum(map(_num_bytes, crossing))
+        if cost <= best_cost:
+            best, best_cost = (tuple(crossing), done), cost
+    if best is None:
+        return None
+    tensors, done = best
+    return Cut(
+        prefix=keras.Model(flat.inputs[0], list(tensors), name="prefix"),
+        suffix=keras.Model(tensors[0] if len(tensors) == 1 else tensors, flat.outputs[0], name="suffix"),
+        layers=tuple(_layer_name(tensor) for tensor in tensors),
+        bytes_per_image=sum(map(_num_bytes, tensors)),
+        saved=done / total,
+        saved_of_step=done / (3 * total - 2 * done),
+    )
+
+
+def flattened(model: keras.Model) -> keras.Model:
+    """Returns a functional model on the same layers in which composite layers are replaced by their parts.
+
+    Args:
+        model: keras.Model, functional. Returned as it is if it contains no composite layer.
+    """
+    if not any(_parts(node.operation) for node in _nodes_in_order(model)):
+        return model
+    image = keras.Input(batch_shape=model.inputs[0].shape, dtype=model.inputs[0].dtype)
+    return keras.Model(image, _recalled(model, image), name=model.name)
+
+
+def _recalled(model, image):
+    """Returns the output of `model` for the Keras tensor `image`, composite layers in parts."""
+    found = {id(model.inputs[0]): image}
+    for node in _nodes_in_order(model):
+        args, kwargs = node.arguments.fill_in(found)
+        parts = _parts(node.operation)
+        output = parts(node.operation, *args) if parts else node.operation(*args, **kwargs)
+        found.update(zip(map(id, node.output_tensors), keras.tree.flatten(output), strict=True))
+    return found[id(model.outputs[0])]
+
+
+def _vit_encoder(encoder, tokens):
+    tokens = encoder.dropout(tokens)
+    for block in encoder.encoder_layers:
+        tokens = block(tokens)
+    return encoder.layer_norm(tokens)
+
+
+def _parts(operation):
+    """Returns the function that computes a composite layer part by part, or None for any other layer."""
+    if isinstance(operation, keras.Model):
+        return _recalled
+    return {"ViTEncoder": _vit_encoder}.get(type(operation).__name__)
+
+
+def _nodes_in_order(model):
+    """Returns the nodes of a functional model in the order in which it computes them, without the inputs."""
+    by_depth = model._nodes_by_depth
+    return [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth] if not node.is_input]
+
+
+def _changes(operation):
+    """Returns whether training changes the operation's weights, or the operation draws random numbers."""
+    variables = getattr(operation, "variables", [])
+    return any(variable.trainable or "seed_generator" in variable.path for variable in variables)
+
+
+def _forward_flops(node):
+    """Returns the operations of a node's forward pass for one image.
+
+    A kernel is applied once at every position of the output, two operations for each
+    of its elements. All else costs one operation for each element of the output.
+    """
+    elements = sum(math.prod(tensor.shape[1:]) for tensor in node.output_tensors)
+    positions = elements // node.output_tensors[0].shape[-1]
+    kernels = [weight for weight in getattr(node.operation, "weights", []) if weight.name == "kernel"]
+    return elements + 2 * positions * sum(math.prod(kernel.shape) for kernel in kernels)
+
+
+def _num_bytes(tensor):
+    return 4 * math.prod(tensor.shape[1:])  # float32
+
+
+def _layer_name(tensor):
+    operation = tensor._keras_history.operation
+    return getattr(operation, "path", None) or operation.name
