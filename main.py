@@ -105,6 +105,8 @@ def run(cfg: Config, early_log: logging.Handler) -> int:
         for name, content in run.selection.files.items():
             folder.write_json(name, content)
         if cfg.select_only:
+            if cfg.save_litert:
+                save_litert(run)
             print(report.ranking_table(run.selection))
             return 0
         report.announce_selection(network, run.selection, run.result.selection_s)
@@ -213,13 +215,11 @@ def choose_cache(run: Progress) -> None:
 
 def finish(run: Progress) -> dict:
     """Writes what a run leaves behind, and returns the content of summary.json."""
-    import export
-
     done = run.result.status == "done"
     if run.cfg.save_model and done:
         run.folder.save_model(run.network.model)
     if run.cfg.save_litert and done:
-        export.write(run.network, run.selection.trained_weights, run.cfg, run.folder.path / "model.tflite")
+        save_litert(run)
     summary = report.summary_record(run)
     if run.cfg.save_txt and done:
         run.folder.write_txt(summary)
@@ -231,6 +231,13 @@ def finish(run: Progress) -> dict:
             100 * run.images.majority_share,
         )
     return summary
+
+
+def save_litert(run: Progress) -> None:
+    """Writes model.tflite into the run folder."""
+    import export
+
+    export.write(run.network, run.selection.trained_weights, run.cfg, run.folder.path / "model.tflite")
 
 
 def list_layers(cfg: Config) -> int:

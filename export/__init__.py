@@ -51,7 +51,7 @@ def check(network: Network, cfg: Config) -> None:
 
     everything = [weight.path for weight in network.trainable_weights]
     try:
-        _, signatures = training_module.make(network, everything, training_module.step_of(cfg))
+        _, signatures = training_module.make(network, everything, cfg)
         unknown = convert.unknown_operations(signatures["train"].get_concrete_function().graph, network.model)
     except gradients.Unsupported as error:
         unknown = [str(error)]
@@ -80,7 +80,7 @@ def write(network: Network, trained_weights: Collection[str], cfg: Config, path:
 
     frozen = storage.quantized_kernels(network, trained_weights) if cfg.litert_frozen == "int8" else {}
     try:
-        module, signatures = training_module.make(network, trained_weights, training_module.step_of(cfg), frozen)
+        module, signatures = training_module.make(network, trained_weights, cfg, frozen)
         content = convert.to_litert(module, signatures)
     except gradients.Unsupported as error:
         raise RunError(f"the network cannot be exported: {error}. Leave out --save_litert.") from error

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
 
 import keras
 import tensorflow as tf
@@ -18,33 +17,6 @@ import tensorflow as tf
 from core.config import Config
 from export import gradients
 from models import Network
-
-
-@dataclass(frozen=True)
-class Step:
-    """The settings of an exported training step.
-
-    Attributes:
-        batch_size: int. Images of a training step.
-        momentum: float. 0 leaves out the momentum's slots.
-        weight_decay: float. Decoupled; 0 is off.
-        global_clipnorm: float. 0 is off.
-    """
-
-    batch_size: int
-    momentum: float
-    weight_decay: float
-    global_clipnorm: float
-
-
-def step_of(cfg: Config) -> Step:
-    """Returns the step that the flags ask for: the run's own, where no flag of LiteRT differs."""
-    return Step(
-        batch_size=cfg.litert_batch or cfg.batch_size,
-        momentum=cfg.momentum if cfg.litert_momentum is None else cfg.litert_momentum,
-        weight_decay=cfg.weight_decay,
-        global_clipnorm=cfg.global_clipnorm,
-    )
 
 
 def identifiers(paths: Collection[str]) -> dict[str, str]:
@@ -64,7 +36,7 @@ def identifiers(paths: Collection[str]) -> dict[str, str]:
     return names
 
 
-def make(network: Network, trained_weights: Collection[str], step: Step, frozen: dict | None = None):
+def make(network: Network, trained_weights: Collection[str], cfg: Config, frozen: dict | None = None):
     """Returns a tf.Module that trains some of a network's weights, and its signatures.
 
     The trained weights and their momentum slots are variables of the module; every other
@@ -73,7 +45,8 @@ def make(network: Network, trained_weights: Collection[str], step: Step, frozen:
     Args:
         network: models.Network without batch statistics, see `bn_stats`.
         trained_weights: collection of str. The paths of the weights that train.
-        step: Step.
+        cfg: Config. Reads `momentum`, `weight_decay`, `global_clipnorm`, `batch_size` and the two of these that start
+            with `litert_`, which have precedence.
         frozen: dict of {weight path: array} or None. Values that replace those of the frozen weights.
 
     Returns:
@@ -86,6 +59,8 @@ def make(network: Network, trained_weights: Collection[str], step: Step, frozen:
             `save` takes nothing and returns the trained weights by name, see `identifiers`.
             `restore` takes them, zeroes the momentum, and returns `restored`, int32 (), their number.
     """
+    batch_size = cfg.litert_batch or cfg.batch_size
+    momentum = cfg.momentum if cfg.litert_momentum is None else cfg.litert_momentum
     model = network.model
     names = identifiers(trained_weights)
     module = tf.Module(name="network")
@@ -95,7 +70,7 @@ def make(network: Network, trained_weights: Collection[str], step: Step, frozen:
         names[path]: tf.Variable(keras_weights[path].numpy(), name=names[path]) for path in sorted(trained_weights)
     }
     module.slots = {}
-    if step.momentum:
+    if momentum:
         module.slots = {
             name: tf.Variable(tf.zeros_like(weight), name=f"{name}_momentum") for name, weight in module.weights.items()
         }
@@ -108,8 +83,8 @@ def make(network: Network, trained_weights: Collection[str], step: Step, frozen:
         with keras.StatelessScope(state_mapping=mapping), _activations_replaced(model):
             return model(images, training=False)
 
-    images_spec = tf.TensorSpec((step.batch_size, *model.input_shape[1:]), tf.float32, "images")
-    labels_spec = tf.TensorSpec((step.batch_size,), tf.int32, "labels")
+    images_spec = tf.TensorSpec((batch_size, *model.input_shape[1:]), tf.float32, "images")
+    labels_spec = tf.TensorSpec((batch_size,), tf.int32, "labels")
     rate_spec = tf.TensorSpec((), tf.float32, "learning_rate")
 
     @tf.function(input_signature=[images_spec, labels_spec, rate_spec], autograph=False)
@@ -121,14 +96,14 @@ def make(network: Network, trained_weights: Collection[str], step: Step, frozen:
         grads = [
             tf.convert_to_tensor(grad) for grad in tf.gradients(loss, list(values.values()))
         ]  # of a lookup: sparse
-        if step.global_clipnorm:
-            grads = _clipped(grads, step.global_clipnorm)
+        if cfg.global_clipnorm:
+            grads = _clipped(grads, cfg.global_clipnorm)
         for (name, value), grad in zip(values.items(), grads):
             change = -learning_rate * grad
-            if step.momentum:
-                change += step.momentum * module.slots[name]
+            if momentum:
+                change += momentum * module.slots[name]
                 module.slots[name].assign(change)
-            module.weights[name].assign(value * (1 - step.weight_decay * learning_rate) + change)
+            module.weights[name].assign(value * (1 - cfg.weight_decay * learning_rate) + change)
         hits = tf.equal(tf.argmax(logits, 1, output_type=tf.int32), labels)
         return {"loss": loss, "accuracy": tf.reduce_mean(tf.cast(hits, tf.float32))}
 

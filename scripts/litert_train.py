@@ -13,15 +13,14 @@ main.py's do.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
-import resource
 import sys
 import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
@@ -29,12 +28,12 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import data
+from core.config import Config
 from core.errors import RunError, UsageError
 from core.files import whole_file
 from data import splits
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
-SPLITS = ("train", "validation", "test")
+from memory.measure import peak_rss_bytes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,7 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, metavar="MODEL.tflite")
     parser.add_argument("--dataset_name", default="digits", help="digits (default) or image_folder")
-    parser.add_argument("--image_dir", type=Path, help="folder of images for --dataset_name image_folder")
+    parser.add_argument("--image_dir", help="folder of images for --dataset_name image_folder")
     parser.add_argument("--num_epochs", type=int, default=10, help="(default: %(default)s); 0 only tests")
     parser.add_argument("--learning_rate", type=float, default=1e-2, help="of the first step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the split and the order (default: %(default)s)")
@@ -76,30 +75,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             f"--dataset_name must be one of {', '.join(DATASETS)}. Received: {args.dataset_name!r}; other data sets "
             "need TensorFlow: write their images into folders."
         )
-    if (args.dataset_name == "image_folder") != (args.image_dir is not None):
-        raise UsageError(
-            f"--image_dir goes with --dataset_name image_folder. Received: --dataset_name {args.dataset_name} and "
-            f"--image_dir {args.image_dir}; give both or none."
-        )
     args.checkpoint = args.checkpoint or args.model.with_suffix(".weights.npz")
     if not args.checkpoint.parent.is_dir():
         raise UsageError(f"--checkpoint must be in an existing folder. Received: {args.checkpoint}; create the folder.")
+    if args.num_epochs and args.checkpoint.exists() and args.checkpoint != args.restore:
+        raise UsageError(
+            f"--checkpoint must be new, or the file of --restore. Received: {args.checkpoint}, which exists; choose "
+            "another name."
+        )
     return args
 
 
 def train(args: argparse.Namespace) -> None:
     """Trains, keeps the best epoch's weights, tests them, and prints the results."""
     model = Model(args.model, args.threads)
-    source = DATASETS[args.dataset_name](args.image_dir)
+    cfg = Config(dataset_name=args.dataset_name, image_dir=args.image_dir, seed=args.seed)
+    data.check_flags(cfg)
+    source = DATASETS[args.dataset_name](cfg)
     if source.num_classes != model.num_classes:
         raise UsageError(
             f"the data must have the model's classes, labels 0 to {model.num_classes - 1}. Received: "
             f"{source.num_classes} classes; export a model that was trained on these data."
         )
-    settings = SimpleNamespace(
-        dataset_name=args.dataset_name, protocol="validation", seed=args.seed, limit_train=None, limit_test=None
-    )
-    parts = splits.assign(source.labels, SPLITS, settings)
+    parts = splits.assign(source.labels, ("train", "validation", "test"), cfg)
     steps_per_epoch = len(parts["train"][1]) // model.batch_size
     if not steps_per_epoch and args.num_epochs:
         raise UsageError(
@@ -109,7 +107,9 @@ def train(args: argparse.Namespace) -> None:
     if args.restore:
         model.restore(read_checkpoint(args.restore))
 
-    best_accuracy, best, steps_s = None, model.save(), []
+    best_accuracy, best, steps_s = evaluate(model, source, *parts["validation"]), model.save(), []
+    if args.num_epochs:
+        write_checkpoint(args.checkpoint, best)
     for epoch in range(args.num_epochs):
         losses, hits = [], []
         order = np.random.default_rng([args.seed, epoch]).permutation(parts["train"][1])
@@ -133,14 +133,13 @@ def train(args: argparse.Namespace) -> None:
             f"held out {100 * held_out:.2f} %, {model.batch_size / np.median(steps_s):.1f} images/s",
             flush=True,
         )
-        if best_accuracy is None or held_out > best_accuracy:
+        if held_out > best_accuracy:
             best_accuracy, best = held_out, model.save()
             write_checkpoint(args.checkpoint, best)
-    if args.num_epochs:
-        model.restore(best)
+    model.restore(best)
     results = {
         "accuracy": 100 * evaluate(model, source, *parts["test"]),
-        "val_accuracy": best_accuracy and 100 * best_accuracy,
+        "val_accuracy": 100 * best_accuracy,
         "step_s": float(np.median(steps_s)) if steps_s else None,
         "images_per_s": float(model.batch_size / np.median(steps_s)) if steps_s else None,
         "peak_rss_bytes": peak_rss_bytes(),
@@ -153,7 +152,7 @@ def train(args: argparse.Namespace) -> None:
         print(json.dumps(results))
 
 
-def evaluate(model: Model, source: Source, split: str, positions: np.ndarray) -> float:
+def evaluate(model: Model, source: Images, split: str, positions: np.ndarray) -> float:
     """Returns the share of the images that the model classifies correctly."""
     hits = 0
     for start in range(0, len(positions), model.batch_size):
@@ -191,7 +190,21 @@ class Model:
         self.num_classes = int(self._infer.get_output_details()["logits"]["shape"][1])
 
     def step(self, images: np.ndarray, labels: np.ndarray, learning_rate: float) -> tuple[float, float]:
-        """Trains on a batch. Returns the loss and the accuracy from before the step."""
+        """Trains on a batch. Returns the loss and the accuracy from before the step.
+
+        Raises:
+            UsageError: if a label is no class, or a shape is another than the file's.
+        """
+        shape = (self.batch_size, self.image_size, self.image_size, 3)
+        if (
+            images.shape != shape
+            or labels.shape != shape[:1]
+            or not set(labels.tolist()) <= set(range(self.num_classes))
+        ):
+            raise UsageError(
+                f"a training step takes images of shape {shape} and as many labels of 0 to {self.num_classes - 1}. "
+                f"Received: images of shape {images.shape} and labels {labels.tolist()}; correct them."
+            )
         found = self._train(images=images, labels=labels, learning_rate=np.float32(learning_rate))
         return float(found["loss"]), float(found["accuracy"])
 
@@ -240,7 +253,7 @@ def write_checkpoint(path: Path, weights: dict[str, np.ndarray]) -> None:
 
 
 @dataclass(frozen=True)
-class Source:
+class Images:
     """Labelled images.
 
     Attributes:
@@ -261,7 +274,7 @@ class Source:
         return np.stack(images), self.labels[split][positions].astype(np.int32)
 
 
-def digits(_folder: None) -> Source:
+def digits(cfg: Config) -> Images:
     """Returns scikit-learn's digits, with the test images of main.py's digits."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -272,7 +285,7 @@ def digits(_folder: None) -> Source:
         np.arange(len(grey)), test_size=360, stratify=found.target, random_state=0
     )  # see data/digits.py
     parts = {"train": train, "test": test}
-    return Source(
+    return Images(
         labels={name: found.target[part].astype(np.int64) for name, part in parts.items()},
         images={name: list(grey[part]) for name, part in parts.items()},
         read=lambda image: np.repeat(image[:, :, None], 3, axis=2),
@@ -280,41 +293,16 @@ def digits(_folder: None) -> Source:
     )
 
 
-def image_folder(folder: Path) -> Source:
-    """Returns the images of train/CLASS/ with test/CLASS/ or validation/CLASS/, or of CLASS/, all of them read once.
+def image_folder(cfg: Config) -> Images:
+    """Returns the images of `cfg.image_dir`, in main.py's order, after each has been read once.
 
     Raises:
         UsageError: if the folder has fewer than two classes, an image without a known class, or one that is damaged.
     """
-    if not folder.is_dir():
-        raise UsageError(f"--image_dir must be an existing folder. Received: {folder}; check the path.")
-    roots = {"train": folder}
-    if (folder / "train").is_dir():
-        roots = {name: folder / name for name in SPLITS if (folder / name).is_dir()}
-    classes = _folders(roots["train"])
-    if len(classes) < 2:
-        raise UsageError(f"--image_dir must hold at least two class folders. Received: {roots['train']}; add them.")
-    labels, images = {}, {}
-    for split, root in roots.items():
-        if unknown := sorted(set(_folders(root)) - set(classes)):
-            raise UsageError(f"{root} must have the classes of train/. Received: {unknown[0]}; remove it.")
-        files = [
-            (file, label)
-            for label, name in enumerate(classes)
-            for file in sorted((root / name).glob("*"))
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-        ]
-        if not files:
-            raise UsageError(f"--image_dir must hold images in each split. Received: {root} without any; add images.")
-        images[split] = [file for file, _ in files]
-        labels[split] = np.array([label for _, label in files], np.int64)
-        for file in images[split]:
-            read_image(file)
-    return Source(labels, images, read_image, len(classes))
-
-
-def _folders(root):
-    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    source = data.prepare(cfg)
+    for file in itertools.chain(*source.files.values()):
+        read_image(file)
+    return Images(source.labels, source.files, read_image, len(source.class_names))
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -358,12 +346,6 @@ def _neighbours(before, after):
 
 
 DATASETS = {"digits": digits, "image_folder": image_folder}
-
-
-def peak_rss_bytes() -> int:
-    """Returns the largest resident size that the process has had."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ import tensorflow as tf
 from networks import backbone_network, network_of, small_vit_network, tiny_model
 
 import export
+import models
 from core.config import Config
 from core.errors import UsageError
 from export import convert, gradients, storage, training_module
+from main import main
 from models import batchnorm
 from models.compiling import compile_model
 from models.freezing import freeze
@@ -131,17 +133,14 @@ def batches(count, size=16, classes=10, batch=BATCH):
     return images, rng.integers(0, classes, (count, batch)).astype(np.int32)
 
 
-def keras_losses(network, paths, step, images, labels):
+def keras_losses(network, paths, cfg, images, labels):
     """Returns the losses of training steps in Keras, without dropout; trains the network."""
     for layer in network.model._flatten_layers():
         if isinstance(layer, keras.layers.Dropout):
             layer.rate = 0
     freeze(network, paths)
     optimizer = keras.optimizers.SGD(
-        RATE,
-        momentum=step.momentum,
-        weight_decay=step.weight_decay or None,
-        global_clipnorm=step.global_clipnorm or None,
+        RATE, momentum=cfg.momentum, weight_decay=cfg.weight_decay or None, global_clipnorm=cfg.global_clipnorm or None
     )
     compile_model(network.model, optimizer)
     losses = []
@@ -153,11 +152,12 @@ def keras_losses(network, paths, step, images, labels):
 
 @pytest.mark.parametrize("momentum, decay, clipnorm", [(0.9, 5e-3, 1.0), (0.0, 0.0, 0.0), (0.5, 0.1, 0.05)])
 def test_training_step_equals_keras(momentum, decay, clipnorm):
-    network, step = tiny_network(), training_module.Step(BATCH, momentum, decay, clipnorm)
+    network = tiny_network()
+    cfg = Config(litert_batch=BATCH, momentum=momentum, weight_decay=decay, global_clipnorm=clipnorm)
     paths, (images, labels) = trained_paths(network), batches(4)
-    module, signatures = training_module.make(network, paths, step)
+    module, signatures = training_module.make(network, paths, cfg)
     ours = [float(signatures["train"](*batch, RATE)["loss"]) for batch in zip(images, labels)]
-    np.testing.assert_allclose(ours, keras_losses(network, paths, step, images, labels), rtol=1e-5)
+    np.testing.assert_allclose(ours, keras_losses(network, paths, cfg, images, labels), rtol=1e-5)
     names = training_module.identifiers(paths)
     for weight in network.trainable_weights:
         if weight.path in names:
@@ -208,7 +208,7 @@ def exported(tmp_path_factory):
     cfg = Config(litert_batch=BATCH, save_litert=True)
     paths, (images, labels) = trained_paths(network), batches(10)
     export.write(network, paths, cfg, folder / "model.tflite")
-    losses = keras_losses(network, paths, training_module.step_of(cfg), images, labels)
+    losses = keras_losses(network, paths, cfg, images, labels)
     logits = network.model.predict_on_batch(images[0])
     np.savez(folder / "steps.npz", images=images, labels=labels)
     return folder, losses, logits
@@ -261,11 +261,67 @@ def test_trained_weights_alone_are_variables(exported):
     }  # fmt: skip
 
 
+@pytest.fixture
+def tiny(monkeypatch, tmp_path, data_dir):
+    """Gives main() with a tiny network in place of the backbone; its run is tmp_path/run."""
+    monkeypatch.setattr(models, "assemble", lambda cfg, num_classes: tiny_network())
+    monkeypatch.setattr(models, "load_weights", lambda network, cfg: network)
+    words = [
+        "--input_size",
+        "16",
+        "--limit_train",
+        "160",
+        "--limit_test",
+        "40",
+        "--batch_size",
+        "16",
+        "--num_epochs",
+        "1",
+    ]
+    words += ["--data_dir", data_dir, "--log_dir", str(tmp_path), "--run_name", "run", "--save_litert"]
+    return lambda *argv: main([*words, *argv])
+
+
+def test_main_exports_the_network_that_it_saves(tiny, tmp_path):
+    assert tiny("--save_model", "--litert_batch", str(BATCH), "--momentum", "0") == 0
+    model, images = litert_train.Model(tmp_path / "run" / "model.tflite", 1), batches(1)[0][0]
+    wanted = keras.models.load_model(tmp_path / "run" / "model.keras").predict_on_batch(images)
+    np.testing.assert_allclose(model.logits(images), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_select_only_exports_the_network_as_it_was(tiny, tmp_path):
+    assert tiny("--select_only", "--litert_batch", str(BATCH)) == 0
+    model, images = litert_train.Model(tmp_path / "run" / "model.tflite", 1), batches(1)[0][0]
+    wanted = tiny_network().model.predict_on_batch(images)
+    np.testing.assert_allclose(model.logits(images), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_refusal_comes_before_the_run_folder(tiny, tmp_path):
+    assert tiny("--train_type", "prunetrain") == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "given, momentum", [({}, 0.7), ({"litert_momentum": 0.0}, 0.0), ({"litert_momentum": 0.2}, 0.2)]
+)
+def test_momentum_is_the_runs_unless_it_is_given(given, momentum):
+    network = tiny_network()
+    cfg = Config(momentum=0.7, weight_decay=0.0, global_clipnorm=0.0, litert_batch=BATCH, **given)
+    module, signatures = training_module.make(network, trained_paths(network, ("head",)), cfg)
+    bias, changes = module.weights["head_bias"], []
+    images, labels = batches(1)
+    for rate in (RATE, 0.0):
+        before = bias.numpy()
+        signatures["train"](images[0], labels[0], rate)
+        changes.append(bias.numpy() - before)
+    np.testing.assert_allclose(changes[1], momentum * changes[0], atol=1e-6)
+
+
 def test_int8_file_computes_what_its_quantized_kernels_do(tmp_path):
     network = tiny_network()
-    step, paths = training_module.Step(BATCH, 0.9, 5e-3, 1.0), trained_paths(network, ("head",))
+    paths = trained_paths(network, ("head",))
     frozen = storage.quantized_kernels(network, paths)
-    content = convert.to_litert(*training_module.make(network, paths, step, frozen))
+    content = convert.to_litert(*training_module.make(network, paths, Config(litert_batch=BATCH), frozen))
     images, labels = batches(3)
     files = {"float32": content, "int8": storage.packed(content, "int8")}
     found = {}
@@ -350,6 +406,43 @@ def test_script_trains_saves_and_restores(exported, capsys, tmp_path):
     restored = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert trained["accuracy"] == restored["accuracy"]
     assert trained["images_per_s"] > 0 and trained["peak_rss_bytes"] > 0
+
+
+def test_script_keeps_an_existing_checkpoint(exported, capsys, tmp_path):
+    checkpoint = tmp_path / "weights.npz"
+    checkpoint.write_bytes(b"something else")
+    command = [str(exported[0] / "model.tflite"), "--checkpoint", str(checkpoint)]
+    assert litert_train.main(command) == 2
+    assert "must be new" in capsys.readouterr().err
+    assert checkpoint.read_bytes() == b"something else"
+
+
+def test_worse_epochs_do_not_replace_the_restored_weights(exported, capsys, tmp_path):
+    model, checkpoint = str(exported[0] / "model.tflite"), str(tmp_path / "weights.npz")
+    assert litert_train.main([model, "--checkpoint", checkpoint, "--num_epochs", "1"]) == 0
+    before = litert_train.read_checkpoint(Path(checkpoint))
+    again = [model, "--checkpoint", checkpoint, "--restore", checkpoint, "--num_epochs", "1", "--learning_rate", "5"]
+    assert litert_train.main(again) == 0
+    after = litert_train.read_checkpoint(Path(checkpoint))
+    assert all((before[name] == after[name]).all() for name in before)
+
+
+WRONG_BATCHES = {
+    "label": (np.zeros((BATCH, 16, 16, 3), np.float32), np.full(BATCH, 10, np.int32)),
+    "negative label": (np.zeros((BATCH, 16, 16, 3), np.float32), np.full(BATCH, -1, np.int32)),
+    "size": (np.zeros((BATCH, 17, 16, 3), np.float32), np.zeros(BATCH, np.int32)),
+    "number": (np.zeros((BATCH, 16, 16, 3), np.float32), np.zeros(BATCH - 1, np.int32)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_BATCHES)
+def test_step_refuses_a_wrong_batch_and_changes_nothing(exported, name):
+    model = litert_train.Model(exported[0] / "model.tflite", 1)
+    before = model.save()
+    with pytest.raises(UsageError, match=r"images of shape \(6, 16, 16, 3\)"):
+        model.step(*WRONG_BATCHES[name], RATE)
+    after = model.save()
+    assert all((before[name] == after[name]).all() for name in before)
 
 
 @pytest.fixture
