@@ -3,7 +3,7 @@
     python benchmarks/on_device.py --weights mobilenetv2.h5
     python benchmarks/on_device.py --weights mobilenetv2.h5 --num_epochs 10     # accuracy per precision, too
 
-For each scheme, main.py selects and exports after a short run on digits; then LiteRT's
+For each scheme, main.py selects on digits and exports; then LiteRT's
 interpreter and Keras each train the same weights in a process of their own, on one resident
 batch. Memory is the growth of the process's peak resident size over its peak before the
 first step, with the network loaded. With `--num_epochs`, scripts/litert_train.py trains the
@@ -26,7 +26,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.litert_train import Model, peak_rss_bytes
+from core.units import MB
+from memory.measure import peak_rss_bytes
+from scripts.litert_train import Model
 
 CASES = {
     "rho": ["--train_type", "act_norm_betti_train"],
@@ -36,11 +38,10 @@ CASES = {
 PRECISIONS = ("float32", "float16", "int8")
 STEPS = 12  # the first two are left out of the median
 RATE = 1e-3
-MB = 10**6
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the cases and prints their table. Returns 0; a case that fails raises CalledProcessError."""
+    """Runs the cases, prints their table and returns 0. Exits at the first case that fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name", default="mobilenetv2")
     parser.add_argument("--weights", required=True, help="a pretrained weights file, or imagenet")
@@ -74,13 +75,11 @@ def table(args: argparse.Namespace, folder: Path) -> list[dict]:
     for name, flags in CASES.items():
         run = export_run(args, folder, name, [*flags, *(["--rho", args.rho] if name == "rho" else [])])
         sides = {side: measured(args, run, side) for side in MEASURES}
-        summary = json.loads((run / "summary.json").read_text())
         file_bytes = (run / "model.tflite").stat().st_size
-        records.append(
-            {"case": name, "num_trained_weights": summary["num_trained_weights"], "file_bytes": file_bytes, **sides}
-        )
+        trained = sides["litert"].pop("num_trained_weights")
+        records.append({"case": name, "num_trained_weights": trained, "file_bytes": file_bytes, **sides})
         cells = "".join(f"  {side['memory_bytes'] / MB:>9.1f}{1000 * side['step_s']:>9.1f}" for side in sides.values())
-        print(f"{name:<8}{summary['num_trained_weights']:>10}{file_bytes / MB:>9.1f}{cells}", flush=True)
+        print(f"{name:<8}{trained:>10}{file_bytes / MB:>9.1f}{cells}", flush=True)
     return records
 
 
@@ -91,52 +90,44 @@ def precisions(args: argparse.Namespace, folder: Path) -> list[dict]:
     for precision in PRECISIONS:
         flags = [*CASES["rho"], "--rho", args.rho, "--litert_frozen", precision]
         model = export_run(args, folder, precision, flags) / "model.tflite"
-        command = [
-            str(ROOT / "scripts" / "litert_train.py"),
-            str(model),
-            "--json",
-            "--num_epochs",
-            str(args.num_epochs),
-        ]
-        accuracy = last_line(command)["accuracy"]
+        words = [str(model), "--json", "--num_epochs", str(args.num_epochs)]
+        accuracy = json.loads(last_line("scripts/litert_train.py", *words))["accuracy"]
         records.append({"frozen": precision, "file_bytes": model.stat().st_size, "accuracy": accuracy})
         print(f"{precision:<8}{model.stat().st_size / MB:>9.1f}{accuracy:>12.2f}", flush=True)
     return records
 
 
 def export_run(args: argparse.Namespace, folder: Path, name: str, flags: list[str]) -> Path:
-    """Returns the run folder of a short run of main.py that exports."""
+    """Returns the run folder of a run of main.py that selects and exports."""
     fixed = {
         "model_name": args.model_name, "weights": args.weights, "input_size": args.input_size,
-        "batch_size": 32, "litert_batch": args.batch_size, "num_epochs": 1, "limit_train": 160, "limit_test": 40,
-        "learning_rate": RATE, "dropout": 0, "augment": False, "log_dir": folder, "run_name": name,
+        "litert_batch": args.batch_size, "log_dir": folder, "run_name": name,
     }  # fmt: skip
     words = [word for flag, value in fixed.items() for word in (f"--{flag}", str(value))]
-    subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), *words, *flags, "--save_litert"], check=True, capture_output=True
-    )
+    last_line("main.py", *words, *flags, "--select_only", "--save_litert")
     return folder / name
 
 
 def measured(args: argparse.Namespace, run: Path, side: str) -> dict:
     """Returns the record of one side, measured in a fresh process."""
-    words = ["--measure", side, "--folder", str(run)]
-    words += [
-        f"--{flag}={getattr(args, flag)}" for flag in ("model_name", "weights", "input_size", "batch_size", "threads")
-    ]
-    return last_line([str(Path(__file__).resolve()), *words])
+    flags = ("model_name", "weights", "input_size", "batch_size", "threads")
+    words = [f"--{flag}={getattr(args, flag)}" for flag in flags]
+    return json.loads(last_line("benchmarks/on_device.py", *words, "--measure", side, "--folder", str(run)))
 
 
-def last_line(command: list[str]) -> dict:
-    """Returns the JSON in the last line that a Python script prints."""
-    done = subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def last_line(script: str, *words: str) -> str:
+    """Runs a Python script and returns the last line that it prints. Exits if it fails."""
+    done = subprocess.run([sys.executable, str(ROOT / script), *words], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{script} {' '.join(words)} failed: {done.stderr}")
+    return done.stdout.splitlines()[-1]
 
 
 def measure_litert(args: argparse.Namespace) -> dict:
     """Trains model.tflite of the run folder with LiteRT's interpreter; TensorFlow is not imported."""
     model = Model(args.folder / "model.tflite", args.threads)
-    return timed(args, model.num_classes, lambda images, labels: model.step(images, labels, RATE))
+    record = timed(args, model.num_classes, lambda images, labels: model.step(images, labels, RATE))
+    return {**record, "num_trained_weights": sum(weight.size for weight in model.save().values())}
 
 
 def measure_keras(args: argparse.Namespace) -> dict:
