@@ -214,18 +214,16 @@ def exported(tmp_path_factory):
     return folder, losses, logits
 
 
-WITHOUT_TENSORFLOW = "import sys; sys.modules['tensorflow'] = sys.modules['keras'] = None\n"
-
-
 def in_interpreter(folder, code):
-    """Returns what `code` prints as JSON, in a process that cannot import TensorFlow; `model` is the model."""
+    """Returns what `code` prints as JSON, in a process that does not import TensorFlow; `model` is the model."""
     setup = (
-        f"{WITHOUT_TENSORFLOW}import json, numpy as np\nfrom pathlib import Path\n"
+        "import json, sys, numpy as np\nfrom pathlib import Path\n"
         "from scripts.litert_train import Model, read_checkpoint, write_checkpoint\n"
         f"folder = Path({str(folder)!r})\nsteps = np.load(folder / 'steps.npz')\n"
         "model = Model(folder / 'model.tflite', 2)\n"
     )
-    done = subprocess.run([sys.executable, "-c", setup + code], cwd=ROOT, capture_output=True, text=True)
+    check = "\nassert not {'tensorflow', 'keras'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", setup + code + check], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
