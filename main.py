@@ -110,6 +110,8 @@ def run(cfg: Config, early_log: logging.Handler) -> int:
         for name, content in report.selection_files(cfg, run.selection, run.result.reselections).items():
             folder.write_json(name, content)
         if cfg.select_only:
+            if cfg.save_litert:
+                save_litert(run)
             print(run.selection.table())
             return 0
         report.announce_selection(network, run.result.latest_selection(run.selection), run.result.selection_s)
@@ -138,6 +140,7 @@ def load(cfg: Config, is_new: bool):
         network: models.Network.
     """
     import data
+    import export
     import models
     from memory import budget
 
@@ -154,6 +157,8 @@ def load(cfg: Config, is_new: bool):
     with strategy.scope(devices):
         network = models.load_weights(network, cfg)
     caching.check(cfg, network.bn_stats)
+    if cfg.save_litert:
+        export.check(network, cfg)
     if is_new and cfg.memory_budget_mb is not None:
         budget.check(cfg, budget.head_peak_bytes(network, cfg, images.batch_size))
     return images, network
@@ -230,6 +235,8 @@ def finish(run: Progress) -> dict:
     done = run.result.status == "done"
     if run.cfg.save_model and done:
         run.folder.save_model(run.network.model)
+    if run.cfg.save_litert and done:
+        save_litert(run)
     summary = report.summary_record(run)
     if run.cfg.save_txt and done:
         run.folder.write_txt(summary)
@@ -241,6 +248,14 @@ def finish(run: Progress) -> dict:
             100 * run.images.majority_share,
         )
     return summary
+
+
+def save_litert(run: Progress) -> None:
+    """Writes model.tflite into the run folder."""
+    import export
+
+    trained_weights = run.result.latest_selection(run.selection).trained_weights  # after a warm-up, the scheme's
+    export.write(run.network, trained_weights, run.cfg, run.folder.path / "model.tflite")
 
 
 def list_layers(cfg: Config) -> int:

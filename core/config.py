@@ -68,6 +68,10 @@ class Config:
     run_name: str | None = None
     save_model: bool = False
     save_txt: bool = False
+    save_litert: bool = False
+    litert_momentum: float | None = None  # 0 leaves out the momentum's slots; None is `momentum`
+    litert_batch: int | None = None  # images of a training step; None is the batch size
+    litert_frozen: str = "float32"  # float32, float16, int8
     resume: bool = False
     select_only: bool = False
     prepare_only: bool = False

@@ -144,7 +144,7 @@ def prepare(cfg: Config) -> Source:
             contradicts the data.
         RunError: if the data are unavailable.
     """
-    _check_flags(cfg)
+    check_flags(cfg)
     if cfg.dataset_name == "image_folder":
         from data import folder_source as module
     else:
@@ -184,7 +184,8 @@ def load(cfg: Config):
     return pipeline.make(source, dataset_row(cfg.dataset_name), cfg)
 
 
-def _check_flags(cfg):
+def check_flags(cfg: Config) -> None:
+    """Raises UsageError if the flags of the data set contradict each other."""
     if cfg.dataset_name == "image_folder" and not cfg.image_dir:
         raise UsageError(
             "--dataset_name image_folder needs a folder of images. Received: no --image_dir; add --image_dir FOLDER."

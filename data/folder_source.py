@@ -1,4 +1,7 @@
-"""Images in folders, one folder per class."""
+"""Images in folders, one folder per class.
+
+TensorFlow is imported when images are read: `scripts/litert_train.py` lists them without it.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,15 @@ import os
 from pathlib import Path
 
 import numpy as np
-import tensorflow as tf
 
 from core.config import Config
 from core.errors import UsageError
-from data.image_files import SUFFIXES, printable
 from data.source import Source, check_num_classes
 
 log = logging.getLogger("adabet")
 
 SPLITS = ("train", "validation", "test")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 
 
 def open_source(cfg: Config) -> Source:
@@ -67,6 +69,8 @@ def open_source(cfg: Config) -> Source:
     }
 
     def read(split, positions):
+        import tensorflow as tf
+
         paths, labels = index[split]
         positions = np.asarray(positions, np.int64)
         # As bytes, because a file's name need not be Unicode.
@@ -156,6 +160,11 @@ def _entries(folder):
         raise _error(
             "must be readable", f"{printable(str(folder))} ({error.strerror})", "change its permissions"
         ) from error
+
+
+def printable(path: str) -> str:
+    """Returns a path as valid Unicode: bytes that are not UTF-8 become escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _error(rule, received, fix):

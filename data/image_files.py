@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 from core.config import Config
 from core.errors import UsageError
+from data.folder_source import printable
 from data.source import Source
 
 log = logging.getLogger("adabet")
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 MAX_PIXELS = 10**8  # of all frames that a decoder unpacks together; 300 MB as RGB
 MAX_FILE_BYTES = 2**29  # more than such an image takes as a 32-bit BMP
 _MOST_NAMED = 3  # bad files in an error message
@@ -207,11 +207,6 @@ def without_bad_images(source: Source, parts: dict, cfg: Config) -> tuple[dict, 
     if skipped:
         log.warning("--skip_bad_images leaves out %d images: %s", len(skipped), _listed(skipped, _MOST_LOGGED, "; "))
     return parts, skipped
-
-
-def printable(path: str) -> str:
-    """Returns a path as valid Unicode: bytes that are not UTF-8 become escapes."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _check_left(source, role, split, before, after):

@@ -24,6 +24,7 @@ from training import caching, segments
 
 log = logging.getLogger("adabet")
 
+LITERT_FLAGS = ("litert_momentum", "litert_batch", "litert_frozen")
 AUTO_NAME = "auto"  # a --run_name that asks for a generated name, as in the published program
 
 
@@ -174,6 +175,9 @@ def resolve(args: argparse.Namespace) -> Config:
     if given["memory_budget_mb"] is not None:
         defaults["rho"] = None  # the memory budget takes its place
     given.update({flag: value for flag, value in defaults.items() if given[flag] is None})
+    litert = [f"--{flag}" for flag in LITERT_FLAGS if given[flag] != getattr(Config, flag)]
+    if litert and not args.save_litert:
+        raise UsageError(f"{', '.join(litert)} needs --save_litert. Received: no --save_litert; add it.")
     cfg = Config(**given)
     check_flags(cfg)
     segments.check(cfg)

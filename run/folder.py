@@ -31,6 +31,7 @@ log = logging.getLogger("adabet")
 _WITHOUT_EFFECT = {
     "log_dir", "run_name", "resume", "checkpoint_minutes", "save_model", "save_txt", "select_only", "list_layers",
     "list_models", "debug", "data_dir", "prepare_only", "cache_dir", "cache_limit_gb", "clear_cache", "evaluate",
+    "save_litert", "litert_momentum", "litert_batch", "litert_frozen",
 }  # fmt: skip
 MAX_NAME_BYTES = 200  # file systems take 255; a temporary file of RUN_NAME.txt has a longer name
 _LIBRARIES = ("tensorflow", "keras", "keras-hub", "tensorflow-datasets", "gudhi", "numpy", "scipy", "scikit-learn")

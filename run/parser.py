@@ -14,6 +14,7 @@ from core.config import Config
 from core.strategy import STRATEGIES
 from core.version import VERSION
 from data import DATASETS, dataset_row
+from export import FROZEN
 from models import known_name
 from models.table import BACKBONES, FILE_PREPROCESSING, MODELS
 from selection import ALIASES, SCHEMES
@@ -294,6 +295,25 @@ def _add_output(group):
     )
     group.add_argument("--save_model", **_switch(False), help="write model.keras, which plain Keras loads\n" + _DEFAULT)
     group.add_argument("--save_txt", **_switch(False), help="write RUN_NAME.txt with hours and accuracy\n" + _DEFAULT)
+    group.add_argument(
+        "--save_litert",
+        **_switch(False),
+        help="write model.tflite, which LiteRT trains further on a device\n" + _DEFAULT,
+    )
+    group.add_argument(
+        "--litert_momentum",
+        type=_real(0, 1, open_high=True),
+        help="momentum of SGD in model.tflite; 0 leaves out its variables (default: --momentum)",
+    )
+    group.add_argument(
+        "--litert_batch", type=_integer(1), help="images of a training step in model.tflite (default: --batch_size)"
+    )
+    group.add_argument(
+        "--litert_frozen",
+        choices=FROZEN,
+        default=Config.litert_frozen,
+        help="how model.tflite stores the large weights that do not train\n" + _DEFAULT,
+    )
     group.add_argument("--debug", **_switch(False), help="show tracebacks\n" + _DEFAULT)
 
 

@@ -377,6 +377,7 @@ BAD_INPUT = {
     "batch size 3": (["--batch_size", "3"], "at least 4 images"),
     "abbreviation": (["--model", "vgg16"], "unrecognized"),
     "boolean": (["--save_model", "maybe"], "true or false"),
+    "LiteRT's flags alone": (["--litert_batch", "4", "--litert_momentum", "0"], "needs --save_litert"),
     "input size": (["--input_size", "31"], "at least 32"),
     "input size of a ViT": (["--model_name", "vit", "--input_size", "40"], "multiple of 16"),
     "num_classes": (["--num_classes", "11"], "has 10"),

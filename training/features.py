@@ -95,8 +95,10 @@ class Features:
         def batch(places):
             *features, targets = tf.numpy_function(read, [places], types, stateful=False)
             for feature, tensor in zip(features, tensors, strict=True):
-                feature.set_shape((None, *tensor.shape[1:]))
-            targets.set_shape((None,))
+                feature.set_shape((places.shape[0], *tensor.shape[1:]))
+            # With a batch size that is known when the step is traced, as without a cache, TensorFlow
+            # optimizes the step in the same way, and the results are the same bits.
+            targets.set_shape(places.shape)
             return features[0] if len(features) == 1 else tuple(features), targets
 
         batches = places.map(batch, num_parallel_calls=2, deterministic=True).prefetch(2)
