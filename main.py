@@ -143,6 +143,7 @@ def load(cfg: Config, is_new: bool):
     import export
     import models
     from memory import budget
+    from training import features
 
     images = data.load(cfg)
     environment.seed_everything(cfg.seed)  # after the data, because preparing a data set draws random numbers
@@ -160,7 +161,8 @@ def load(cfg: Config, is_new: bool):
     if cfg.save_litert:
         export.check(network, cfg)
     if is_new and cfg.memory_budget_mb is not None:
-        budget.check(cfg, budget.head_peak_bytes(network, cfg, images.batch_size))
+        head = [weight.path for weight in network.head.weights]
+        budget.check(cfg, features.peak_bytes(network, images, cfg, head))
     return images, network
 
 
@@ -181,7 +183,7 @@ def begin(run: Progress) -> None:
     if run.cfg.warmup_epochs:
         run.selection = warm_up(run)
     else:
-        run.selection = train.select(lambda: select(run), run.network, run.cfg, run.images.batch_size, run.result)
+        run.selection = train.select(lambda: select(run), run.network, run.cfg, run.images, run.result)
 
 
 def select(run: Progress) -> Selection:

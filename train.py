@@ -8,17 +8,18 @@ segments of the run (`training/segments.py`), restores the best epoch, and tests
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import replace
 
 import keras
 
 from core import signals, strategy
 from core.config import Config
 from core.errors import RunError
+from core.units import MB
 from memory import budget, estimate
 from memory.measure import measured_peak, measured_training_step
 from models.compiling import compile_model, make_optimizer
@@ -59,22 +60,23 @@ def fine_tune(
     optimizer = None
     for segment in plan_segments(cfg.num_epochs, interval, *done, cfg.warmup_epochs):
         if segment.selects:
-            current = reselect(current, segment.first, network, cfg, data.batch_size, result)
+            current = reselect(current, segment.first, network, cfg, data, result)
             for name, content in report.selection_files(cfg, selection, result.reselections).items():
                 folder.write_json(name, content)
         freeze(network.model, current)
-        trained, batches = network, data
+        model, batches = network.model, data
         if result.cached_in != "off":
             batches = features.load(network, data, cfg, result)
-            trained = replace(network, model=batches.cut.suffix)
+            model = batches.cut.suffix
             compile_model(network.model, make_optimizer(cfg, 1))  # for the test; this optimizer has no slots
-        optimizer = compile_anew(trained.model, cfg, cfg.num_epochs * data.steps_per_epoch, optimizer)
+        optimizer = compile_anew(model, cfg, cfg.num_epochs * data.steps_per_epoch, optimizer)
         # The best epoch may precede a later selection, so all that any selection trains has to be kept.
         selects_later = current.reselect or cfg.warmup_epochs
         best.variables = network.model.variables if selects_later else changing_variables(network)
         train_segment(
             segment,
-            trained,
+            network,
+            model,
             current,
             batches,
             held_out_batches(network.model, data, split) if batches is data else batches.held_out_batches(),
@@ -108,6 +110,7 @@ def fine_tune(
 def train_segment(
     segment: Segment,
     network,
+    model,
     selection: Selection,
     data,
     held_out,
@@ -122,8 +125,8 @@ def train_segment(
 
     Args:
         segment: Segment.
-        network: models.Network, frozen and compiled for the segment. With cached features,
-            its model is the suffix of the network.
+        network: models.Network, frozen for the segment.
+        model: keras.Model, compiled: the network's, or with cached features its suffix.
         selection: Selection that holds in the segment.
         data: data.pipeline.Data or training.features.Features.
         cfg, folder, result: as in `fine_tune`.
@@ -132,7 +135,7 @@ def train_segment(
         selection_record: dict. The first selection's record, for checkpoints.
         saved: Checkpoint or None. The checkpoint to restore.
     """
-    model, epoch, steps_done = network.model, segment.first, 0
+    epoch, steps_done = segment.first, 0
     if saved:
         steps_done, before = saved.record["step"], saved.record["checksums"]
         with model.distribute_strategy.scope():
@@ -143,7 +146,7 @@ def train_segment(
 
     with penalties_and_constraints(network, selection) as penalties:
         first_step_s = (
-            0.0 if saved else measure(network, data.train_batches(epoch, epoch + 1), result, data.outside_bytes)
+            0.0 if saved else measure(network, model, data.train_batches(epoch, epoch + 1), result, data.outside_bytes)
         )
 
         def write_row(row):
@@ -283,25 +286,25 @@ def carry_over(old, new, variables: list) -> None:
             slot.assign(slots[slot.name])
 
 
-def measure(network, batches, result: Result, outside_bytes: int = 0) -> float:
+def measure(network, model, batches, result: Result, outside_bytes: int = 0) -> float:
     """Estimates and measures the memory of a training step, and undoes the step.
 
     Args:
-        network: models.Network, compiled.
+        network: models.Network.
+        model: keras.Model, compiled: the network's, or its suffix.
         batches: tf.data.Dataset. The first batch is used.
         result: Result. Receives the peaks.
-        outside_bytes: int. Size of weights in memory that are not the network's: those of a
+        outside_bytes: int. Size of weights in memory that are not the model's: those of a
             cached prefix.
 
     Returns:
         float. Seconds of the first step, tracing included.
     """
-    model = network.model
     images, labels = next(iter(batches))
-    part = len(labels) // model.distribute_strategy.num_replicas_in_sync  # one device's part of the batch
-    images, labels = images[:part], labels[:part]
-    input_shape = (len(labels), *model.inputs[0].shape[1:])
-    estimated = estimate.bytes_of_training(model, input_shape)
+    devices = model.distribute_strategy.num_replicas_in_sync
+    if devices > 1:  # one device's part of the batch; features are never shared among devices
+        images, labels = images[: len(labels) // devices], labels[: len(labels) // devices]
+    estimated = estimate.bytes_of_training(model, estimate.batch_shape(model, len(labels)))
     if estimated is not None:
         result.estimated_bytes = largest_known(result.estimated_bytes, estimated + outside_bytes)
     peak, first_step_s = measured_training_step(model, images, labels, changing_variables(network))
@@ -309,7 +312,7 @@ def measure(network, batches, result: Result, outside_bytes: int = 0) -> float:
     return first_step_s
 
 
-def select(choose: Callable[[], Selection], network, cfg: Config, batch_size: int, result: Result) -> Selection:
+def select(choose: Callable[[], Selection], network, cfg: Config, data, result: Result) -> Selection:
     """Returns the selection that `choose` returns, within the memory budget, and accounts for its cost."""
     start = time.perf_counter()
     with measured_peak() as peak:
@@ -317,13 +320,15 @@ def select(choose: Callable[[], Selection], network, cfg: Config, batch_size: in
     result.selection_s = (result.selection_s or 0.0) + time.perf_counter() - start
     result.selection_peak_bytes = largest_known(result.selection_peak_bytes, peak.bytes)
     if cfg.memory_budget_mb is not None:
-        selection, result.budget_next_layer, result.budget_next_bytes = budget.fit(network, selection, cfg, batch_size)
+        peak_bytes = functools.partial(features.peak_bytes, network, data, cfg)
+        found = budget.fit(network, selection, cfg.memory_budget_mb * MB, peak_bytes)
+        selection, result.budget_next_layer, result.budget_next_bytes = found
     return selection
 
 
-def reselect(selection: Selection, epoch: int, network, cfg: Config, batch_size: int, result: Result) -> Selection:
+def reselect(selection: Selection, epoch: int, network, cfg: Config, data, result: Result) -> Selection:
     """Returns the selection for the epochs from `epoch` on, counted from 0."""
-    following = select(lambda: selection.reselect(epoch), network, cfg, batch_size, result)
+    following = select(lambda: selection.reselect(epoch), network, cfg, data, result)
     result.reselections.append((epoch + 1, following))
     before, after = set(selection.trained_weights), set(following.trained_weights)
     log.info(

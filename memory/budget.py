@@ -9,28 +9,16 @@ ignores that.)
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from core.config import Config
 from core.errors import UsageError
 from core.units import MB
 from memory import estimate
 from models.compiling import compile_model, make_optimizer
-from models.freezing import freeze
 from selection.ranking import Selection, with_first_layers
 
 log = logging.getLogger("adabet")
-
-
-def head_peak_bytes(network, cfg: Config, batch_size: int) -> int:
-    """Returns the estimated peak, in bytes, of training the head alone: the least that any selection needs.
-
-    Args:
-        network: models.Network, its mode of batch normalization set.
-        cfg: Config.
-        batch_size: int. Images per training batch.
-    """
-    return peak_bytes(network, [weight.path for weight in network.head.weights], cfg, batch_size)
 
 
 def check(cfg: Config, needed: int) -> None:
@@ -38,7 +26,8 @@ def check(cfg: Config, needed: int) -> None:
 
     Args:
         cfg: Config. Reads memory_budget_mb.
-        needed: int. Bytes, from `head_peak_bytes`.
+        needed: int. The estimated peak, in bytes, of training the head alone: the least that any
+            selection needs.
 
     Raises:
         UsageError: if it does not.
@@ -50,14 +39,17 @@ def check(cfg: Config, needed: int) -> None:
         )
 
 
-def fit(network, selection: Selection, cfg: Config, batch_size: int) -> tuple[Selection, str | None, int | None]:
+def fit(
+    network, selection: Selection, budget_bytes: float, peak_bytes: Callable[[Collection[str]], int]
+) -> tuple[Selection, str | None, int | None]:
     """Shortens a selection until its estimated peak fits the budget.
 
     Args:
         network: models.Network.
         selection: Selection with a ranking. It bounds the length.
-        cfg: Config.
-        batch_size: int. Images per training batch.
+        budget_bytes: float.
+        peak_bytes: function that returns the estimated peak, in bytes, of training the weights with
+            these paths.
 
     Returns:
         selection: Selection, the longest that fits, at least the head.
@@ -70,14 +62,14 @@ def fit(network, selection: Selection, cfg: Config, batch_size: int) -> tuple[Se
     def needs(length):
         if length not in estimates:
             weights = with_first_layers(network, selection, length).trained_weights
-            estimates[length] = peak_bytes(network, weights, cfg, batch_size)
+            estimates[length] = peak_bytes(weights)
             log.info("Estimated peak with the first %d layers: %.1f MB", length, estimates[length] / MB)
         return estimates[length]
 
     fits, too_long = 0, len(selection.selected) + 1
     while too_long - fits > 1:
         middle = (fits + too_long) // 2
-        if needs(middle) <= cfg.memory_budget_mb * MB:
+        if needs(middle) <= budget_bytes:
             fits = middle
         else:
             too_long = middle
@@ -86,13 +78,12 @@ def fit(network, selection: Selection, cfg: Config, batch_size: int) -> tuple[Se
     return with_first_layers(network, selection, fits), ranked[fits]["path"], needs(fits + 1)
 
 
-def peak_bytes(network, trained_weights: Collection[str], cfg: Config, batch_size: int) -> int:
-    """Freezes all but the given weights, and returns the estimated peak of a training step in bytes."""
-    freeze(network.model, trained_weights)
+def step_bytes(model, cfg: Config, batch_size: int) -> int:
+    """Compiles a model that is frozen already, and returns the estimated peak of a training step in bytes."""
     optimizer = make_optimizer(cfg, total_steps=1)
-    compile_model(network.model, optimizer)
+    compile_model(model, optimizer)
     try:
-        return estimate.of_training(network.model, (batch_size, *network.model.inputs[0].shape[1:])).bytes
+        return estimate.of_training(model, estimate.batch_shape(model, batch_size)).bytes
     finally:
         _free(optimizer.variables)
 

@@ -74,6 +74,12 @@ def num_threads() -> int:
     return tf.config.threading.get_inter_op_parallelism_threads() or os.cpu_count() or 1
 
 
+def batch_shape(model, batch_size: int) -> tuple:
+    """Returns the shape of a batch of the model's input, or a tuple of one shape per input."""
+    shapes = tuple((batch_size, *one.shape[1:]) for one in model.inputs)
+    return shapes if len(shapes) > 1 else shapes[0]
+
+
 def bytes_of_training(model, input_shape: tuple) -> int | None:
     """Returns the estimated peak of a training step in bytes, or None if it cannot be estimated.
 

@@ -27,8 +27,9 @@ class Cut:
         layers: tuple of str. The layers whose outputs are the features.
         bytes_per_image: int. Size of the features of one image.
         saved: float. Share of the operations of a forward pass that the prefix computes.
-        saved_of_step: float. Share of the operations of a training step that the prefix computes,
-            if every weight behind the cut needed a gradient and every output one too: a lower bound.
+        step_share: float. Operations of a training step behind the cut, as a share of those of the
+            same step of the whole network.
+        full_step_share: float. The same as a share of a step that trains every weight.
     """
 
     prefix: Any
@@ -36,7 +37,8 @@ class Cut:
     layers: tuple[str, ...]
     bytes_per_image: int
     saved: float
-    saved_of_step: float
+    step_share: float
+    full_step_share: float
 
     def outside_bytes(self, part: keras.Model) -> int:
         """Returns the size of the weights that stay in memory while only `part` computes.
@@ -75,7 +77,7 @@ def find_cut(model: keras.Model) -> Cut | None:
     for place, node in enumerate(nodes):
         last_use.update({id(tensor): place for tensor in node.input_tensors})
 
-    best, best_cost = None, total + FLOPS_PER_BYTE * sum(map(_num_bytes, flat.inputs))
+    best, best_cost = (), total + FLOPS_PER_BYTE * sum(map(_num_bytes, flat.inputs))
     done, crossing = 0, list(flat.inputs)
     for place, node in enumerate(nodes[:-1]):
         if _changes(node.operation):
@@ -86,17 +88,19 @@ def find_cut(model: keras.Model) -> Cut | None:
             continue
         cost = total - done + FLOPS_PER_BYTE * sum(map(_num_bytes, crossing))
         if cost <= best_cost:
-            best, best_cost = (tuple(crossing), done), cost
-    if best is None:
+            best, best_cost = (tuple(crossing), done, place + 1), cost
+    if not best:
         return None
-    tensors, done = best
+    tensors, done, first = best
+    step = _step_flops(nodes[first:], lambda variable: variable.trainable)
     return Cut(
         prefix=keras.Model(flat.inputs[0], list(tensors), name="prefix"),
         suffix=keras.Model(tensors[0] if len(tensors) == 1 else tensors, flat.outputs[0], name="suffix"),
         layers=tuple(_layer_name(tensor) for tensor in tensors),
         bytes_per_image=sum(map(_num_bytes, tensors)),
         saved=done / total,
-        saved_of_step=done / (3 * total - 2 * done),
+        step_share=step / (done + step),
+        full_step_share=step / _step_flops(nodes, lambda variable: True),
     )
 
 
@@ -159,16 +163,40 @@ def _changes(operation):
     return any(variable.trainable or "seed_generator" in variable.path for variable in variables)
 
 
+def _step_flops(nodes, trains):
+    """Returns the operations of a training step on consecutive nodes, for one image.
+
+    A gradient of a node's input costs as much as the node, and is needed if something before the node
+    trains; a gradient of a kernel costs as much as applying it.
+
+    Args:
+        nodes: list of nodes, in the order in which they are computed.
+        trains: function of a variable that returns whether it trains.
+    """
+    total, need_gradient = 0, set()
+    for node in nodes:
+        total += _forward_flops(node) + _kernel_flops(node, trains)
+        before = any(id(tensor) in need_gradient for tensor in node.input_tensors)
+        total += _forward_flops(node) if before else 0
+        if before or any(map(trains, getattr(node.operation, "variables", []))):
+            need_gradient.update(map(id, node.output_tensors))
+    return total
+
+
 def _forward_flops(node):
     """Returns the operations of a node's forward pass for one image.
 
     A kernel is applied once at every position of the output, two operations for each
     of its elements. All else costs one operation for each element of the output.
     """
-    elements = sum(math.prod(tensor.shape[1:]) for tensor in node.output_tensors)
-    positions = elements // node.output_tensors[0].shape[-1]
+    return sum(math.prod(tensor.shape[1:]) for tensor in node.output_tensors) + _kernel_flops(node, lambda kernel: True)
+
+
+def _kernel_flops(node, counts):
+    """Returns the operations of applying those kernels of a node for which `counts` is true."""
+    positions = math.prod(node.output_tensors[0].shape[1:-1])
     kernels = [weight for weight in getattr(node.operation, "weights", []) if weight.name == "kernel"]
-    return elements + 2 * positions * sum(math.prod(kernel.shape) for kernel in kernels)
+    return 2 * positions * sum(math.prod(kernel.shape) for kernel in kernels if counts(kernel))
 
 
 def _num_bytes(tensor):

@@ -92,7 +92,8 @@ def _explain_memory(error, run):
     """Names the memory that was needed, and the largest batch that is estimated to fit."""
     import tensorflow as tf
 
-    from memory import budget, estimate
+    from memory import estimate
+    from training import features
 
     cfg, model = run.cfg, run.network.model
     trained = [weight.path for weight in run.network.trainable_weights if weight.trainable]
@@ -105,7 +106,7 @@ def _explain_memory(error, run):
     def needed(num_images):
         if is_selecting:
             return estimate.of_inference(model, (num_images, *model.inputs[0].shape[1:])).bytes
-        return budget.peak_bytes(run.network, trained, cfg, num_images)
+        return features.peak_bytes(run.network, run.images, cfg, trained, num_images)
 
     # The allocator's peak when it failed is what this machine can give.
     available = tf.config.experimental.get_memory_info(environment.device())["peak"]

@@ -4,6 +4,9 @@ import csv
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -13,11 +16,13 @@ from networks import digits_images, network_of, small_vit_network, tiny_model
 import data
 import models
 from core.config import Config
+from core.files import PARTIAL
 from main import main
 from models import batchnorm, weights
 from models.cut import find_cut
 from models.freezing import freeze
-from training import callbacks, feature_files
+from run.flags import parse
+from training import callbacks, feature_files, features
 
 # 144 training images: 9 steps an epoch.
 FEW = ["--limit_train", "160", "--limit_test", "40", "--batch_size", "16", "--num_epochs", "3", "--save_model"]
@@ -137,6 +142,21 @@ def test_vit_is_cut_between_its_blocks():
     assert cut.bytes_per_image == 4 * 17 * 32
 
 
+def test_operations_of_a_step_equal_a_hand_count(monkeypatch):
+    monkeypatch.setattr("models.cut.FLOPS_PER_BYTE", 0)
+    images = keras.Input((2, 2, 3))
+    x = keras.layers.Conv2D(7, 1, name="second")(keras.layers.Conv2D(5, 1, name="first")(images))
+    model = keras.Model(images, keras.layers.Dense(2, name="head")(keras.layers.GlobalAveragePooling2D()(x)))
+    freeze(model, [w.path for w in model.weights if not w.path.startswith("first")])
+    cut = find_cut(model)
+    # Forward: outputs plus 2 * positions * kernel. Backward: kernels again, and inputs behind what trains.
+    first, second, pooling, head = 20 + 2 * 4 * 15, 28 + 2 * 4 * 35, 7, 2 + 2 * 14
+    behind = (second + 2 * 4 * 35) + 2 * pooling + (2 * head + 2 * 14)
+    assert cut.saved == pytest.approx(first / (first + second + pooling + head))
+    assert cut.step_share == pytest.approx(behind / (first + behind))
+    assert cut.full_step_share == pytest.approx(behind / (first + 2 * 4 * 15 + second + behind))
+
+
 # ---------------------------------------------------------------- the same training
 
 
@@ -156,6 +176,7 @@ def test_cached_training_equals_uncached_training(run, tmp_path):
     assert run("memory", "--augment", "False", "--cache_features", "memory") == 0
     assert run("disk", "--augment", "False", "--cache_features", "disk") == 0
     assert_equal_training(tmp_path / "memory", tmp_path / "plain")
+    np.testing.assert_array_equal(losses(tmp_path / "memory")[:, 0], losses(tmp_path / "plain")[:, 0])
     assert_equal_training(tmp_path / "disk", tmp_path / "memory", tolerance=0)
     summary = record(tmp_path / "disk")
     assert summary["cache_features"] == "disk" and summary["cache_cut"].startswith("re_lu")
@@ -205,6 +226,32 @@ def test_cached_run_resumed_within_an_epoch_ends_the_same(where, run, tmp_path, 
     feature_files.release()
     assert_equal_training(tmp_path / "run", tmp_path / "alone", tolerance=0)
     assert record(tmp_path / "run", "config.json")["cached"] is True
+
+
+def test_prefix_that_changes_ends_the_run(run, tmp_path, monkeypatch, capsys):
+    def change(self, *args):
+        stem = next(weight for weight in networks[0].model.weights if weight.path == "stem/kernel")
+        stem.assign(stem + 1)
+
+    networks, load = [], features.load
+    monkeypatch.setattr(features, "load", lambda network, *args: networks.append(network) or load(network, *args))
+    at(callbacks.Checkpointer, "on_train_batch_end", 3, lambda: change(None), monkeypatch)
+    assert run("moved", "--augment", "False", "--cache_features", "memory") == 1
+    assert "must not change frozen weights. Received: changes in ['stem/kernel']" in capsys.readouterr().err
+
+
+def test_memory_budget_prices_what_the_run_estimates(run, tmp_path, data_dir):
+    priced = {}
+    for where in ("off", "memory"):
+        flags = ["--augment", "False", "--bn_stats", "stored", "--cache_features", where]
+        assert run(where, *flags) == 0
+        cfg = parse([*FEW, *DEEP, *flags, "--data_dir", data_dir])
+        network = models.load_weights(models.assemble(cfg, 10), cfg)
+        trained = record(tmp_path / where, "selection.json")["trained_weights"]
+        priced[where] = features.peak_bytes(network, data.load(cfg), cfg, trained)
+        estimated = record(tmp_path / where)["peak_memory_bytes_estimated"]
+        assert priced[where] == pytest.approx(estimated, rel=0.02)  # scalars of the schedule
+    assert priced["memory"] < priced["off"]
 
 
 # ---------------------------------------------------------------- which runs cache
@@ -325,3 +372,45 @@ def test_old_features_make_room_for_new_ones(run, tmp_path):
     on_disk(run, "two", "--seed", "1", "--cache_limit_gb", str(limit))
     (second,) = cached_folders(tmp_path)
     assert second != first
+
+
+WRITER = """
+import itertools, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from core.config import Config
+from core.files import PARTIAL
+from training import feature_files
+
+def batches():
+    for number in range(4):
+        yield [np.full((2, 3), number, np.float32)], np.full(2, number)
+        print("computed", flush=True)
+        if sys.argv[3] == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+cfg = Config(cache_dir=sys.argv[2])
+found = feature_files.load(cfg, {"key": 1}, {"train": batches}, {"train": 8}, [(3,)], np.dtype(np.float32))
+assert found["train"][0][0][:, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3] == found["train"][1].tolist()
+"""
+
+
+def writer(tmp_path, how):
+    root = str(Path(__file__).parent.parent)
+    return subprocess.Popen([sys.executable, "-c", WRITER, root, str(tmp_path), how], stdout=subprocess.PIPE, text=True)
+
+
+def test_features_cut_short_by_sigkill_are_computed_again(tmp_path):
+    killed = writer(tmp_path, "killed")
+    assert killed.wait() == -signal.SIGKILL
+    assert not [path for path in tmp_path.iterdir() if path.is_dir() and not path.name.startswith(PARTIAL)]
+    following = writer(tmp_path, "complete")
+    assert following.communicate()[0].count("computed") == 4 and following.returncode == 0
+    assert not list(tmp_path.glob(f"{PARTIAL}*"))
+
+
+def test_features_of_two_runs_at_once_are_computed_once(tmp_path):
+    both = [writer(tmp_path, "complete") for _ in range(2)]
+    outputs = [one.communicate()[0] for one in both]
+    assert [one.returncode for one in both] == [0, 0]
+    assert sum(output.count("computed") for output in outputs) == 4

@@ -22,6 +22,7 @@ from memory.simulator.allocator import Allocator, Chunk
 from models import batchnorm
 from models.compiling import compile_model, make_optimizer
 from models.freezing import freeze
+from training import features
 
 pytestmark = pytest.mark.slow
 
@@ -240,11 +241,11 @@ def steps(monkeypatch):
     """Replaces each estimate by 1 MB per weight, and returns the lists of weights that were estimated."""
     asked = []
 
-    def count(network, weights, cfg, batch_size):
+    def count(network, data, cfg, weights):
         asked.append(list(weights))
         return len(weights) * MB
 
-    monkeypatch.setattr(budget, "peak_bytes", count)
+    monkeypatch.setattr(features, "peak_bytes", count)
     return asked
 
 
@@ -284,10 +285,12 @@ def test_measured_peak_is_within_the_budget(tiny, tmp_path):  # noqa: F811
     cfg = Config(input_size=64)
     network = assemble_tiny(cfg, 10)
     batchnorm.use_batch_statistics(network.model)
-    alone, everything = (
-        budget.peak_bytes(network, [w.path for w in weights], cfg, batch_size=16) / MB
-        for weights in (network.head.weights, network.trainable_weights)
-    )
+
+    def peak_mb(weights):
+        freeze(network.model, [w.path for w in weights])
+        return budget.step_bytes(network.model, cfg, batch_size=16) / MB
+
+    alone, everything = peak_mb(network.head.weights), peak_mb(network.trainable_weights)
     assert alone < everything
     middle = (alone + everything) / 2
     assert tiny("--memory_budget_mb", str(middle), "--num_epochs", "1", "--input_size", "64") == 0
@@ -420,5 +423,5 @@ def test_estimates_release_their_slots():
     slot_bytes = 4 * 768 * 1000
     before = tf.config.experimental.get_memory_info("CPU:0")["current"]
     for _ in range(3):
-        budget.peak_bytes(network, [w.path for w in network.trainable_weights], Config(), batch_size=4)
+        budget.step_bytes(network.model, Config(), batch_size=4)
     assert tf.config.experimental.get_memory_info("CPU:0")["current"] - before < slot_bytes

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,9 +21,10 @@ import tensorflow as tf
 from core.config import Config
 from core.environment import device_facts
 from core.version import VERSION
-from memory import estimate
+from memory import budget, estimate
 from memory.measure import measured_peak
 from models.cut import Cut, find_cut
+from models.freezing import freeze
 from training import feature_files
 from training.caching import obstacle_to_caching
 from training.result import Result, largest_known
@@ -130,18 +131,46 @@ def choose(network, data, cfg: Config) -> tuple[str, str]:
     if cut is None or cut.saved < MIN_PREFIX:
         return "off", "Features are not cached: training begins in the first layers, so that no part is left to cache."
     num_bytes = total_bytes(cut, data, cfg)
-    saved = cut.saved_of_step * (1 - (cfg.cached_views or 1) / cfg.num_epochs)
+    saved = (1 - cut.step_share) * (1 - (cfg.cached_views or 1) / cfg.num_epochs)
     size = f"{num_bytes / GB:.2f} GB behind {cut.name}"
     where = cfg.cache_features
     if is_auto:
         where = "memory" if num_bytes <= MEMORY_SHARE * machine_memory_bytes() else "disk"
         if saved < MIN_SAVED:
-            return "off", f"Features are not cached: {size} would save at least {100 * saved:.0f} % of the operations."
+            return "off", f"Features are not cached: {size} would save only {100 * saved:.0f} % of the operations."
         if where == "disk" and num_bytes > cfg.cache_limit_gb * GB:
             return "off", f"Features are not cached: {size} exceed memory and --cache_limit_gb {cfg.cache_limit_gb:g}."
     views = f", {cfg.cached_views} views of each image" if cfg.cached_views else ""
     place = "in memory" if where == "memory" else "on disk"
-    return where, f"Features are cached {place}: {size}{views}, saving at least {100 * saved:.0f} % of the operations."
+    return where, (
+        f"Features are cached {place}: {size}{views}. A step on them takes {100 * cut.step_share:.0f} % of the "
+        f"operations of an uncached step, {100 * cut.full_step_share:.0f} % of those of full training."
+    )
+
+
+def peak_bytes(network, data, cfg: Config, trained_weights: Collection[str], batch_size: int | None = None) -> int:
+    """Freezes all but the given weights, and returns the estimated peak of training in bytes.
+
+    Where the run would cache features, that is the larger of a pass over the frozen part and
+    of a step behind it.
+
+    Args:
+        network: models.Network, its mode of batch normalization set.
+        data: data.pipeline.Data.
+        cfg: Config.
+        trained_weights: collection of str. Paths.
+        batch_size: int or None. Images per batch; None for that of `data`.
+    """
+    batch_size = batch_size or data.batch_size
+    freeze(network.model, trained_weights)
+    if choose(network, data, cfg)[0] == "off":
+        return budget.step_bytes(network.model, cfg, batch_size)
+    cut = find_cut(network.model)
+    return max(
+        estimate.of_inference(cut.prefix, estimate.batch_shape(cut.prefix, batch_size)).bytes
+        + cut.outside_bytes(cut.prefix),
+        budget.step_bytes(cut.suffix, cfg, batch_size) + cut.outside_bytes(cut.suffix),
+    )
 
 
 def total_bytes(cut: Cut, data, cfg: Config) -> int:
@@ -195,7 +224,7 @@ def load(network, data, cfg: Config, result: Result) -> Features:
     log.info("Features: ready in %.1f s", time.perf_counter() - start)
     batch, _ = next(iter(train[0]))
     result.peak_bytes = largest_known(result.peak_bytes, prefix.measured_bytes(batch))
-    estimated = estimate.bytes_of_inference(cut.prefix, (data.batch_size, *cut.prefix.inputs[0].shape[1:]))
+    estimated = estimate.bytes_of_inference(cut.prefix, estimate.batch_shape(cut.prefix, data.batch_size))
     if estimated is not None:
         result.estimated_bytes = largest_known(result.estimated_bytes, estimated + cut.outside_bytes(cut.prefix))
     return features

@@ -106,8 +106,8 @@ def trace(model, input_shape):
 
     Args:
         model: keras.Model. Compiled, not trained yet, with one output.
-        input_shape: tuple (B, ...), the shape of a batch; or a list of such tuples, one
-            per input of the model.
+        input_shape: tuple (B, ...), the shape of a batch; or a list or tuple of such tuples,
+            one per input of the model, in the structure in which batches come.
 
     Returns:
         Step.
@@ -126,12 +126,12 @@ def trace(model, input_shape):
 
 
 def _input_specs(model, input_shape):
-    """Returns the tf.TensorSpec of the input, or a list with one per input. The default dtype is float32."""
+    """Returns the tf.TensorSpec of the input, or one per input. The default dtype is float32."""
     several = isinstance(input_shape[0], (tuple, list))
     shapes = input_shape if several else [input_shape]
     dtypes = [one.dtype for one in getattr(model, "inputs", None) or []] or ["float32"] * len(shapes)
     specs = [tf.TensorSpec(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-    return specs if several else specs[0]
+    return type(input_shape)(specs) if several else specs[0]
 
 
 def _label_spec(model, inputs):
