@@ -24,6 +24,7 @@ def freeze(model: keras.Model, selection: Any) -> None:
 
     Raises:
         UsageError: if a path belongs to no weight that can train, or to several.
+        RunError: if the model's `trainable` keeps a selected weight frozen.
     """
     from models.layers import trainable_weights  # imports Keras
 
