@@ -73,7 +73,7 @@ class Task:
     maker: str | None = None
     seeds: tuple = (0, 1, 2)
     search_seeds: tuple = (100, 101)
-    rates: tuple = ("1e-2", "3e-2", "1e-1")
+    rates: tuple = ("3e-3", "1e-2", "3e-2", "1e-1")
     rhos: tuple = ("0.05", "0.1", "0.2", "0.4")
     other_rhos: tuple = ("0.1",)
     schemes: tuple = EVERY
