@@ -12,7 +12,7 @@ scheme trains with the rate in that file, at each rho and seed. All runs are a s
 
 The runs do not augment, so that frozen layers are computed once (docs/caching.md).
 Elastic schemes count their times in FLOPs, which does not depend on the machine's load.
-The search runs two processes at a time, since its times are not reported.
+On a CPU the search runs two processes at a time, since its times are not reported.
 """
 
 import argparse
@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import image_folders
 import runs as run_folders
 import sweep
+from sweeping.launch import visible_gpus
 from sweeping.plan import finished_records, is_finished, make_parser, plan
 
 from core.config import Config
@@ -92,7 +93,7 @@ SMALL = {
 
 
 def main(argv=None):
-    """Runs the command line and returns the exit code: 1 if a run is missing."""
+    """Runs the command line and returns the exit code: 1 if a run failed or diverged."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -137,7 +138,7 @@ def search_sweeps(task, folder, weights):
         # One rho for each scheme, and no test split worth mentioning: the test plays no role here.
         [*arguments(task, folder, weights), "--log_dir", str(folder / "search"), "--seeds", str(seed),
          "--train_types", ",".join(task.schemes), "--rhos", SEARCH_RHO, "--learning_rate", rate,
-         "--limit_test", "20", "--jobs", "2"]
+         "--limit_test", "20", "--jobs", "1" if visible_gpus() else "2"]
         for seed in task.search_seeds
         for rate in task.rates
     ]  # fmt: skip

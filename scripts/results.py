@@ -152,7 +152,8 @@ def picture(task):
                 axis.errorbar(x, y, y_sd, x_sd, color=colour, marker=marker, markersize=4, linewidth=1, capsize=2,
                               label=label, zorder=layer)  # fmt: skip
         if curve.keys() == {None}:
-            axes[0].annotate(scheme, (memory[0][0], accuracy[0][0]), fontsize=6, color=plot.GREY)
+            axes[0].annotate(scheme, (memory[0][0], accuracy[0][0]), (4, 3), textcoords="offset points",
+                             fontsize=6, color=plot.GREY)  # fmt: skip
     axes[0].set(xlabel="peak memory of a training step, measured (MB)", ylabel="test accuracy (%)")
     axes[1].set(xlabel="rho")
     for axis in axes:

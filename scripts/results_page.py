@@ -21,8 +21,25 @@ def report(tasks):
     parts = [
         "# Results", "", verdict(compared), "", *rule(), "", "## In short", "", *in_short(tasks), "",
         *(line for task in tasks for line in (f"## {task.name}", "", *page_of(task, compared[task.name]))),
+        *how_to(tasks),
     ]  # fmt: skip
     return "\n".join(parts).rstrip() + "\n"
+
+
+def how_to(tasks):
+    """Returns the section on the commands and files behind the page."""
+    weights = {(run.config["weights_provenance"] or {}).get("sha256") for task in tasks for run in task.runs}
+    return [
+        "## Reproduce",
+        "",
+        f"    python benchmarks/accuracy.py --weights WEIGHTS.h5 --task {' '.join(task.name for task in tasks)}",
+        "    python scripts/results.py logs/accuracy",
+        "",
+        f"SHA-256 of WEIGHTS.h5: {', '.join(map(str, weights))}. [results.csv](results.csv) lists every run folder "
+        "with the fingerprint of its config.json. Nothing is augmented, and frozen first layers are computed once "
+        "([caching.md](caching.md)): the peak is that of a training step or of that pass, whichever is higher, and the "
+        "time per epoch is without it.",
+    ]
 
 
 def comparisons(task):

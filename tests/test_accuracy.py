@@ -31,7 +31,7 @@ def make_run(folder, cfg, test=50.0, val=50.0, val_loss=1.0, status="done", memo
     folder.mkdir(parents=True)
     config = {
         **asdict(cfg), "fingerprint": f"print-{folder.name}", "device": "CPU:0", "cpu_count": 2,
-        "split_sizes": {"train": 270, "validation": 30, "test": 360}, "weights_provenance": {"source": "none"},
+        "split_sizes": {"train": 270, "validation": 30, "test": 360}, "weights_provenance": {"source": "file", "sha256": "abc"},
     }  # fmt: skip
     summary = {
         "status": status, "accuracy": test, "val_accuracy": val, "best_epoch": 2, "epoch_s": 1.0, "selection_s": 0.5,
