@@ -28,7 +28,7 @@ def report(tasks):
 
 def how_to(tasks):
     """Returns the section on the commands and files behind the page."""
-    weights = {(run.config["weights_provenance"] or {}).get("sha256") for task in tasks for run in task.runs}
+    weights = {(run.config.get("weights_provenance") or {}).get("sha256") for task in tasks for run in task.runs}
     return [
         "## Reproduce",
         "",
