@@ -34,7 +34,7 @@ from sweeping.launch import visible_gpus
 from sweeping.plan import finished_records, is_finished, make_parser, plan
 
 from core.config import Config
-from core.errors import RunError
+from core.errors import RunError, UsageError
 from core.files import write_whole
 from selection import SCHEMES
 
@@ -107,12 +107,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     log_dir = args.log_dir or Path("logs/accuracy_quick" if args.quick else "logs/accuracy")
     tasks = {name: replace(TASKS[name], **SMALL) if args.quick else TASKS[name] for name in args.task}
-    print(estimate(tasks, log_dir, args.weights), flush=True)
     try:
+        print(estimate(tasks, log_dir, args.weights), flush=True)
         return max([measure(task, log_dir / name, args) for name, task in tasks.items()])
-    except RunError as error:
+    except (RunError, UsageError) as error:
         print(f"Error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
 
 
 def measure(task, folder, args):

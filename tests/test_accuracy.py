@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import comparing
+import h5py
 import image_folders
 import make_photo_cells
 import make_shifted_digits
@@ -30,7 +31,7 @@ def make_run(folder, cfg, test=50.0, val=50.0, val_loss=1.0, status="done", memo
     """Writes a finished run folder with these figures; `ranks` are those of LAYERS."""
     folder.mkdir(parents=True)
     config = {
-        **asdict(cfg), "fingerprint": f"print-{folder.name}", "device": "CPU:0", "cpu_count": 2,
+        **asdict(cfg), "bn_stats": "stored", "fingerprint": f"print-{folder.name}", "device": "CPU:0", "cpu_count": 2,
         "split_sizes": {"train": 270, "validation": 30, "test": 360}, "weights_provenance": {"source": "file", "sha256": "abc"},
     }  # fmt: skip
     summary = {
@@ -55,9 +56,13 @@ def make_run(folder, cfg, test=50.0, val=50.0, val_loss=1.0, status="done", memo
 
 @pytest.fixture(autouse=True)
 def weights_file(tmp_path, monkeypatch):
-    """A working directory with a file of the weights' name."""
+    """A working directory with a weights file of one layer."""
     monkeypatch.chdir(tmp_path)
-    WEIGHTS.touch()
+    with h5py.File(WEIGHTS, "w") as file:
+        file.attrs["layer_names"] = [b"Conv1"]
+        layer = file.create_group("Conv1")
+        layer.attrs["weight_names"] = [b"kernel"]
+        layer["kernel"] = np.ones((3, 3, 3, 32), np.float32)
 
 
 def planned(sweeps):
@@ -156,6 +161,12 @@ def test_written_rates_are_read_and_not_searched_again(tmp_path, monkeypatch):
     assert len(started) == 3  # one for each seed, because all rates are equal
     assert {argv[argv.index("--learning_rate") + 1] for argv in started} == {"0.07"}
     assert all(argv[argv.index("--log_dir") + 1].endswith("runs") for argv in started)
+
+
+def test_missing_weights_are_refused_before_anything_runs(tmp_path, capsys):
+    assert accuracy.main(["--weights", "nowhere.h5", "--log_dir", "logs"]) == 2
+    assert "Received: " in capsys.readouterr().err
+    assert not (tmp_path / "logs").exists()
 
 
 def test_estimate_leaves_out_finished_runs(tmp_path):
