@@ -40,16 +40,15 @@ from selection import SCHEMES
 
 MODEL, INPUT_SIZE = "mobilenetv2", 96
 SEARCH_RHO = "0.1"  # of the search; the elastic schemes keep their default
-ELASTIC_RHOS = ("0.4", "0.533", "0.7")  # shares of time, which must be over about 1/3
 OTHERS = ("weight_norm_betti_train", "fisher_channels", "rgn", "spectrum")
 EVERY = tuple(name for name in SCHEMES if name != "listed_layers")
 QUICK = (
     "act_norm_betti_train", "betti_train", "full_training", "traditional_tl_training", "fisher", "elastic_training",
     "random_layers", "last_layers", "smallest_activations",
 )  # fmt: skip
-SELECTIONS = 3  # of an elastic scheme in a run, as in its paper (12 epochs, one every 4)
 # Measured on 2 CPU cores with AVX2: MobileNetV2 at 96 px, batch 32; mean over the schemes.
-START_S, STEP_S, RESELECT_S = 20, 0.13, 22
+START_S, STEP_S, ELASTIC_SELECTION_S = 20, 0.13, 22
+SEARCH_SHARE = 0.7  # of the time of a run, with two at a time
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,8 @@ class Task:
         rates: tuple of str. The grid of the search.
         rhos: tuple of str.
         other_rhos: tuple of str, for the schemes of OTHERS.
+        elastic_rhos: tuple of str, for elastic_training: shares of time, over about 1/3.
+        selections: int. Selections of an elastic scheme in a run; its paper has 3.
         schemes: tuple of str.
     """
 
@@ -78,6 +79,8 @@ class Task:
     rates: tuple = ("3e-3", "1e-2", "3e-2", "1e-1")
     rhos: tuple = ("0.05", "0.1", "0.2", "0.4")
     other_rhos: tuple = ("0.1",)
+    elastic_rhos: tuple = ("0.4", "0.533", "0.7")
+    selections: int = 3
     schemes: tuple = EVERY
 
 
@@ -89,7 +92,8 @@ TASKS = {
 }
 SMALL = {
     "images": 150, "limited": True, "num_epochs": 8, "seeds": (0, 1), "search_seeds": (100,),
-    "rates": ("1e-2", "3e-2"), "rhos": ("0.1", "0.2"), "schemes": QUICK,
+    "rates": ("1e-2", "3e-2"), "rhos": ("0.1", "0.2"), "elastic_rhos": ("0.533",), "selections": 1,
+    "schemes": QUICK,
 }  # fmt: skip
 
 
@@ -154,7 +158,7 @@ def reported_sweeps(task, folder, weights, rates):
         weights: pathlib.Path.
         rates: dict, as `choose_rates` returns it.
     """
-    rhos = [*task.rhos, *(f"elastic_training={rho}" for rho in ELASTIC_RHOS)]
+    rhos = [*task.rhos, *(f"elastic_training={rho}" for rho in task.elastic_rhos)]
     rhos += [f"{scheme}={rho}" for scheme in OTHERS for rho in task.other_rhos]
     by_rate = {}
     for scheme in task.schemes:
@@ -174,7 +178,7 @@ def arguments(task, folder, weights):
     return [
         "--models", MODEL, "--weights", str(weights.resolve()), "--input_size", str(INPUT_SIZE), "--datasets", *data,
         *limit, "--num_epochs", str(task.num_epochs), "--augment", "false", "--timing", "flops",
-        "--interval", str(math.ceil(task.num_epochs / SELECTIONS)),
+        "--interval", str(math.ceil(task.num_epochs / task.selections)),
     ]  # fmt: skip
 
 
@@ -253,13 +257,17 @@ def estimate(tasks, log_dir, weights):
         file = folder / "learning_rates.json"
         rates = json.loads(file.read_text()) if file.exists() else same_rate
         searches = [] if file.exists() else search_sweeps(task, folder, weights)
-        todo = [run for argv in [*searches, *reported_sweeps(task, folder, weights, rates)] for run in planned(argv)]
+        reported = reported_sweeps(task, folder, weights, rates)
         records = [record for part in ("search", "runs") for record in finished_records(folder / part)]
-        todo = [run for run in todo if not is_finished(run.cfg, records)]
         steps = task.num_epochs * math.floor(0.9 * task.images / Config.batch_size)
-        elastic = sum("timing" in SCHEMES[run.cfg.train_type].reads for run in todo)
-        seconds += len(todo) * (START_S + STEP_S * steps) + elastic * SELECTIONS * RESELECT_S
-        lines.append(f"{name} {len(todo)}")
+        count = 0
+        for sweeps, share in ((searches, SEARCH_SHARE), (reported, 1)):
+            todo = [run for argv in sweeps for run in planned(argv) if not is_finished(run.cfg, records)]
+            elastic = sum("timing" in SCHEMES[run.cfg.train_type].reads for run in todo)
+            each = START_S + STEP_S * steps
+            seconds += share * (len(todo) * each + elastic * task.selections * ELASTIC_SELECTION_S)
+            count += len(todo)
+        lines.append(f"{name} {count}")
     return f"Runs to make: {', '.join(lines)}. Estimate for 2 CPU cores: {seconds / 3600:.1f} h."
 
 
