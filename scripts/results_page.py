@@ -144,17 +144,16 @@ def accuracy_text(task, place):
 
 def page_of(task, compared):
     """Returns the lines of one task."""
-    rho = [(ADABET, r) for s, r in task.cells if s == ADABET]
     seeds = sorted({run.seed for run in task.runs})
     config = next(run.config for run in task.runs if run.status == "done")
-    dates = sorted({date(run) for run in task.runs} - {""})
+    days = [day for run in task.runs if (day := date(run))]
+    dates = " to ".join(dict.fromkeys((min(days), max(days))))
     undone = Counter(run.status for run in task.runs if run.status != "done")
     return [
         f"{config['model_name']} on {config['dataset_name']}, input {config['input_size']} px, "
         f"{sum(config['split_sizes'][name] or 0 for name in ('train', 'validation'))} training images, "
         f"{config['split_sizes']['test']} test images, {config['num_epochs']} epochs; seeds "
-        f"{', '.join(map(str, seeds))}; {config['device']}, {config['cpu_count']} cores; "
-        f"{' to '.join(dates[:1] + dates[1:][-1:])}. "
+        f"{', '.join(map(str, seeds))}; {config['device']}, {config['cpu_count']} cores; {dates}. "
         + (f"Not finished: {', '.join(f'{n} {status}' for status, n in undone.items())}." if undone else ""),
         "",
         f"![accuracy over memory and over rho](results/{task.name}.svg)",
@@ -170,7 +169,7 @@ def page_of(task, compared):
         "",
         "### What decides the score",
         "",
-        *what_decides(task, rho),
+        *what_decides(task),
         "",
         "### Stability of the choice",
         "",
@@ -191,12 +190,13 @@ def difference_texts(difference):
     ]  # fmt: skip
 
 
-def what_decides(task, places):
+def what_decides(task):
     """Returns the correlations of b1 and of activation size with AdaBet's ranking, and the accuracy without each."""
+    places = [place for place in task.cells if place[0] == ADABET]
     if not places:
         return ["No run of AdaBet is finished."]
-    by_seed = task.cells[min(places, key=lambda place: abs(place[1] - RHO))]
-    rankings = [run.selection()["layers"] for run in by_seed.values()]
+    # The ranking is the same at every rho.
+    rankings = [run.selection()["layers"] for run in task.cells[places[0]].values()]
     b1 = [comparing.spearman([r["betti_1"] for r in rows], [-r["rank"] for r in rows]) for rows in rankings]
     size = [comparing.spearman([-r["activation_size"] for r in rows], [-r["rank"] for r in rows]) for rows in rankings]
     rows = [
