@@ -178,8 +178,8 @@ class Table:
         lines = []
         for metric in METRICS:
             head = ["model", "data set", *self.columns]
-            lines += [f"### {metric.title}", "", _bar(head), _bar(["---", "---", *["---:"] * len(self.columns)])]
-            lines += [_bar(row) for row in self.rows(metric, lambda text: f"**{text}**", "±")]
+            lines += [f"### {metric.title}", "", bar(head), bar(["---", "---", *["---:"] * len(self.columns)])]
+            lines += [bar(row) for row in self.rows(metric, lambda text: f"**{text}**", "±")]
             lines += [""]
         return "\n".join([*lines, *(f"- {note}" for note in self.notes)]) + "\n"
 
@@ -264,7 +264,8 @@ def _unlike(found):
     return notes
 
 
-def _bar(texts):
+def bar(texts):
+    """Returns a row of a Markdown table."""
     return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
 

@@ -1,0 +1,289 @@
+"""The text of docs/results.md: what scripts/results.py makes of the runs."""
+
+import statistics
+from collections import Counter
+
+import comparing
+from table import METRICS, Cell, Metric, bar
+
+from core.config import Config
+
+ADABET, SIZE_ONLY, B1_ONLY, HEAD = Config.train_type, "smallest_activations", "betti_train", "traditional_tl_training"
+OPPONENTS = ("random_layers", "last_layers", SIZE_ONLY, "fisher", "elastic_training")
+RHO = 0.1  # where one rho stands for all
+COLUMNS = (*METRICS, Metric("Trained weights (thousands)", "num_trained_weights", 1e3, 1, "trained_weights"))
+ACCURACY, MEMORY = METRICS[:2]
+
+
+def report(tasks):
+    """Returns the Markdown page."""
+    compared = {task.name: comparisons(task) for task in tasks}
+    parts = [
+        "# Results", "", verdict(compared), "", *rule(), "", "## In short", "", *in_short(tasks), "",
+        *(line for task in tasks for line in (f"## {task.name}", "", *page_of(task, compared[task.name]))),
+        *how_to(tasks),
+    ]  # fmt: skip
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def how_to(tasks):
+    """Returns the section on the commands and files behind the page."""
+    weights = {(run.config.get("weights_provenance") or {}).get("sha256") for task in tasks for run in task.runs}
+    return [
+        "## Reproduce",
+        "",
+        f"    python benchmarks/accuracy.py --weights WEIGHTS.h5 --task {' '.join(task.name for task in tasks)}",
+        "    python scripts/results.py logs/accuracy",
+        "",
+        f"SHA-256 of WEIGHTS.h5: {', '.join(map(str, weights))}. [results.csv](results.csv) lists every run folder "
+        "with the fingerprint of its config.json. Nothing is augmented, and frozen first layers are computed once "
+        "([caching.md](caching.md)): the peak is that of a training step or of that pass, whichever is higher, and the "
+        "time per epoch is without it.",
+    ]
+
+
+def comparisons(task):
+    """Returns [(opponent, what is equal, Difference, runs of AdaBet that were compared)] on a task.
+
+    What is equal is `rho R`, `rho` for the mean over all, or `memory`.
+    """
+    ours, found = task.curve(ADABET), []
+    for opponent in OPPONENTS:
+        theirs = task.curve(opponent)
+        for rho, difference in comparing.at_same_rho(ours, theirs).items():
+            found.append((opponent, "rho" if rho is None else f"rho {rho:g}", difference, None))
+        # Every scheme trains the head, which is its point at rho 0.
+        difference, count = comparing.at_same_memory(ours, {**theirs, **task.curve(HEAD)}) if theirs else (None, 0)
+        if difference:
+            found.append((opponent, "memory", difference, f"{count} of {sum(map(len, ours.values()))}"))
+    return found
+
+
+def verdict(compared):
+    """Returns the first sentence: whether AdaBet is ahead by more than the spread."""
+    counts = {
+        equal: Counter(d.verdict for rows in compared.values() for _, what, d, _ in rows if what == equal)
+        for equal in ("rho", "memory")
+    }
+    always = all(set(count) == {"ahead"} for count in counts.values())
+    texts = [
+        f"at the same {equal} it is ahead in {count['ahead']}, behind in {count['behind']} and undecided in "
+        f"{count['undecided']} of {count.total()} comparisons"
+        for equal, count in counts.items()
+    ]
+    return (
+        f"**AdaBet ({ADABET}) is {'' if always else 'not '}ahead of the simpler choices by more than the spread over "
+        f"seeds: {'; '.join(texts)}.**"
+    )
+
+
+def rule():
+    """Returns the lines that explain the first sentence."""
+    return [
+        f"A comparison is one task and one of {', '.join(OPPONENTS)}. AdaBet is ahead if the "
+        f"{100 * comparing.CONFIDENCE:.0f} % confidence interval of the mean paired difference over seeds "
+        f"(percentile bootstrap, {comparing.RESAMPLES:,} resamples) is above 0, behind if it is below 0. With three "
+        "seeds the interval is their range. AdaBet counts as ahead overall if every comparison is ahead. At the same "
+        "rho, a seed's differences are averaged over the common rhos. At the same memory, the opponent's accuracy is "
+        "interpolated over the measured peak along rho, with the head alone as rho 0. For elastic_training, "
+        "rho is a share of time."
+    ]
+
+
+def in_short(tasks):
+    """Returns the table that answers which scheme, which rho, what accuracy, at what cost, and how sure."""
+    rows = []
+    for task in tasks:
+        for title, place in choices(task).items():
+            rows.append([task.name, title, *row_of(task, place)])
+    return [
+        *markdown(["task", "", *row_head()], rows),
+        "",
+        "The most accurate is chosen on the test split among many, which favours it.",
+    ]
+
+
+def choices(task):
+    """Returns {title: (scheme, rho)} of the cells that a reader looks for first."""
+    found = {"most accurate": max(task.cells, key=lambda place: task.mean(place, ACCURACY))}
+    if (ADABET, RHO) in task.cells:
+        memory = task.mean((ADABET, RHO), MEMORY)
+        cheap = [place for place in task.cells if task.mean(place, MEMORY) <= 1.05 * memory]
+        found["most accurate within AdaBet's memory + 5 %"] = max(cheap, key=lambda p: task.mean(p, ACCURACY))
+        found["AdaBet"] = (ADABET, RHO)
+    return found
+
+
+def row_head():
+    return ["scheme", "rho", "learning rate", "seeds", *(metric.title for metric in COLUMNS)]
+
+
+def row_of(task, place):
+    """Returns the texts of a cell (scheme, rho)."""
+    scheme, rho = place
+    runs = list(task.cells[place].values())
+    planned = sum(run.scheme == place for run in task.runs)
+    seeds = f"{len(runs)}" if len(runs) == planned else f"{len(runs)} of {planned}"
+    figures = (accuracy_text(task, place), *(figure(task, place, metric) for metric in COLUMNS[1:]))
+    return [scheme, number(rho), number(runs[0].config["learning_rate"]), seeds, *figures]
+
+
+def figure(task, place, metric):
+    """Returns the text of a mean over seeds."""
+    mean = task.mean(place, metric)
+    return number(mean and mean / metric.unit, metric.digits)
+
+
+def accuracy_text(task, place):
+    """Returns the text of an accuracy: mean and standard deviation over seeds."""
+    if place not in task.cells:
+        return "-"
+    sd = Cell(list(task.cells[place].values()), "").sd(ACCURACY)
+    return figure(task, place, ACCURACY) + ("" if sd is None else f" ± {sd:.{ACCURACY.digits}f}")
+
+
+def page_of(task, compared):
+    """Returns the lines of one task."""
+    seeds = sorted({run.seed for run in task.runs})
+    config = next(run.config for run in task.runs if run.status == "done")
+    days = [day for run in task.runs if (day := date(run))]
+    dates = " to ".join(dict.fromkeys((min(days), max(days))))
+    undone = Counter(run.status for run in task.runs if run.status != "done")
+    return [
+        f"{config['model_name']} on {config['dataset_name']}, input {config['input_size']} px, "
+        f"{sum(config['split_sizes'][name] or 0 for name in ('train', 'validation'))} training images, "
+        f"{config['split_sizes']['test']} test images, {config['num_epochs']} epochs; seeds "
+        f"{', '.join(map(str, seeds))}; {config['device']}, {config['cpu_count']} cores; {dates}. "
+        + (f"Not finished: {', '.join(f'{n} {status}' for status, n in undone.items())}." if undone else ""),
+        "",
+        f"![accuracy over memory and over rho](results/{task.name}.svg)",
+        "",
+        *markdown(row_head(), [row_of(task, place) for place in task.cells]),
+        "",
+        "### AdaBet against the others",
+        "",
+        *markdown(
+            ["against", "at the same", "difference (points)", "95 % interval", "seeds", "AdaBet is", "runs compared"],
+            [[opponent, equal, *difference_texts(d), count or "all"] for opponent, equal, d, count in compared],
+        ),
+        "",
+        "### What decides the score",
+        "",
+        *what_decides(task),
+        "",
+        "### Stability of the choice",
+        "",
+        *stability(task),
+        "",
+        "### Learning rates",
+        "",
+        *rates_table(task),
+        "",
+    ]
+
+
+def difference_texts(difference):
+    low, high = difference.interval or (None, None)
+    return [
+        f"{difference.mean:+.2f}", f"{low:+.2f} to {high:+.2f}" if low is not None else "-",
+        str(len(difference.values)), difference.verdict,
+    ]  # fmt: skip
+
+
+def what_decides(task):
+    """Returns the correlations of b1 and of activation size with AdaBet's ranking, and the accuracy without each."""
+    places = [place for place in task.cells if place[0] == ADABET]
+    if not places:
+        return ["No run of AdaBet is finished."]
+    # The ranking is the same at every rho.
+    rankings = [run.selection()["layers"] for run in task.cells[places[0]].values()]
+    b1 = [comparing.spearman([r["betti_1"] for r in rows], [-r["rank"] for r in rows]) for rows in rankings]
+    size = [comparing.spearman([-r["activation_size"] for r in rows], [-r["rank"] for r in rows]) for rows in rankings]
+    rows = [
+        [number(rho), *(accuracy_text(task, (scheme, rho)) for scheme in (ADABET, B1_ONLY, SIZE_ONLY)),
+         *(number(common(task, scheme, rho), 2) for scheme in (B1_ONLY, SIZE_ONLY))]
+        for _, rho in places
+    ]  # fmt: skip
+    return [
+        "Spearman correlation with AdaBet's ranking, mean over seeds (range): "
+        f"b1 {with_range(b1)}, small activation {with_range(size)}.",
+        "",
+        *markdown(["rho", "b1 / size (AdaBet)", "b1 alone", "size alone", "layers shared with b1 alone (Jaccard)",
+                   "layers shared with size alone (Jaccard)"], rows),
+    ]  # fmt: skip
+
+
+def common(task, scheme, rho):
+    """Returns the mean over seeds of the Jaccard index of AdaBet's and another scheme's layers, or None."""
+    ours, theirs = task.cells[ADABET, rho], task.cells.get((scheme, rho), {})
+    shared = [
+        comparing.jaccard([run.selection()["selected"] for run in (ours[seed], theirs[seed])])
+        for seed in ours.keys() & theirs.keys()
+    ]
+    return statistics.fmean(shared) if shared else None
+
+
+def stability(task):
+    """Returns how much selections agree over seeds and batches, and whether that goes with accuracy."""
+    rows, shared, accuracies, spreads = [], [], [], []
+    for (scheme, rho), by_seed in task.cells.items():
+        records = [run.selection() for run in by_seed.values()]
+        if len(records) < 2 or any(row["rank"] is None for record in records for row in record["layers"]):
+            continue  # not a ranking of layers
+        overlap = comparing.jaccard([record["selected"] for record in records])
+        cell = Cell(list(by_seed.values()), "")
+        shared.append(overlap)
+        accuracies.append(cell.mean(ACCURACY))
+        spreads.append(cell.sd(ACCURACY))
+        if rho == RHO:
+            ranks = comparing.mean_spearman([[row["rank"] for row in record["layers"]] for record in records])
+            taus = [record["stability"] for record in records if record["stability"] is not None]
+            batches = statistics.fmean(taus) if taus else None
+            rows.append([scheme, *(number(v, 2) for v in (overlap, ranks, batches)), f"{spreads[-1]:.2f}"])
+    return [
+        *markdown([f"scheme, rho {RHO:g}", "layers shared by two seeds (Jaccard)", "ranking over seeds (Spearman)",
+                   "ranking over batches (Kendall)", "sd of accuracy"], rows),
+        "",
+        f"Over {len(shared)} pairs of scheme and rho, the layers shared by two seeds correlate (Spearman) "
+        f"{number(comparing.spearman(shared, accuracies), 2)} with the mean accuracy and "
+        f"{number(comparing.spearman(shared, spreads), 2)} with its standard deviation.",
+    ]  # fmt: skip
+
+
+def rates_table(task):
+    """Returns the validation accuracies of the search for learning rates."""
+    grid = list(dict.fromkeys(rate for row in task.rates.values() for rate in row["val_accuracy"]))
+    seeds = ", ".join(str(seed) for seed in next(iter(task.rates.values()))["seeds"])
+    rows = [
+        [scheme, *(number(row["val_accuracy"].get(rate), 1) for rate in grid), f"{row['learning_rate']:g}"]
+        for scheme, row in task.rates.items()
+    ]
+    return [
+        f"Validation accuracy (%), mean over seeds {seeds}, at rho {RHO:g} or the elastic schemes' default; of equal "
+        "accuracies the lower validation loss decides. The test split plays no role.",
+        "",
+        *markdown(["scheme", *grid, "chosen"], rows),
+    ]
+
+
+def with_range(values):
+    known = [value for value in values if value is not None]
+    return f"{statistics.fmean(known):.2f} ({min(known):.2f} to {max(known):.2f})" if known else "undefined"
+
+
+def number(value, digits=None):
+    return "-" if value is None else f"{value:g}" if digits is None else f"{value:.{digits}f}"
+
+
+def markdown(head, rows):
+    """Returns the lines of a Markdown table."""
+    return [bar(head), bar(["---"] * len(head)), *map(bar, rows)]
+
+
+def date(run):
+    """Returns the day on which a run began, from its log, or an empty text."""
+    try:
+        with open(run.folder / "log.txt") as file:
+            return file.readline()[:10]
+    except OSError:
+        return ""
