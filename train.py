@@ -11,14 +11,12 @@ import contextlib
 import functools
 import logging
 import time
-import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 
 import keras
 
 from core import signals, strategy
 from core.config import Config
-from core.errors import RunError
 from core.units import MB
 from memory import budget, estimate
 from memory.measure import measured_peak, measured_training_step
@@ -29,6 +27,7 @@ from selection.ranking import Selection
 from training import features
 from training.callbacks import BestEpoch, Checkpointer, EpochClock, ProgressBar, StopEarly, StopWhenDiverged, restore
 from training.checkpoint import Checkpoint
+from training.moved import check_what_moved, checksums
 from training.result import Result, largest_known
 from training.segments import Segment, plan_segments
 
@@ -368,36 +367,6 @@ def penalties_and_constraints(network, selection: Selection) -> Iterator[keras.c
         penalise(False)
         for weight in weights:
             weight.constraint = None
-
-
-def checksums(network) -> dict[str, int]:
-    """Returns {path: CRC-32 of the value} for every weight and statistic of the network."""
-    return {weight.path: zlib.crc32(weight.numpy().tobytes()) for weight in network.model.weights}
-
-
-def check_what_moved(network, trained_weights: Collection[str], before: dict[str, int]) -> None:
-    """Checks that training changed only the weights that were selected.
-
-    Args:
-        network: models.Network.
-        trained_weights: collection of str. Paths of the selected weights.
-        before: dict, from `checksums` before the training.
-
-    Raises:
-        RunError: if another weight has changed.
-    """
-    after = checksums(network)
-    moved = {path for path in before if after[path] != before[path]}
-    may_move = set(trained_weights)
-    if network.bn_stats == "batch":
-        may_move |= {w.path for w in network.model.non_trainable_weights} - {w.path for w in network.trainable_weights}
-    if moved - may_move:
-        raise RunError(f"training must not change frozen weights. Received: changes in {sorted(moved - may_move)[:3]}.")
-    still = set(trained_weights) - moved
-    if still:
-        log.warning(
-            "%d of %d selected weights did not change, among them %s.", len(still), len(trained_weights), min(still)
-        )
 
 
 def percent(accuracy: float, num_images: int) -> float:
