@@ -11,8 +11,10 @@ and batch size, trains on digits in processes of their own:
 * `fit`: `Model.fit` on arrays in memory, what a user would write instead.
 * `fit_default`: the same with TensorFlow's own settings of oneDNN and allocator.
 * `ours_augmented`: main.py with its augmentation.
+* `ours_cached`: main.py on cached features, where the selection leaves a part to cache.
 
-The first epoch is left out. The rounds alternate the sides, so that a change of the
+Batch normalization uses stored statistics, as with pretrained weights. The learning rate is so low
+that random weights stay finite. The first epoch is left out. The rounds alternate the sides, so that a change of the
 machine's speed meets all of them, and the ratios are of medians over the rounds.
 """
 
@@ -32,8 +34,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from core.units import MB  # noqa: E402
+
 SCHEMES = ("full_training", "act_norm_betti_train", "traditional_tl_training")
-SIDES = ("ours", "bare", "fit", "fit_default", "ours_augmented")
+OURS = {
+    "ours": {"augment": False, "cache_features": "off"},
+    "ours_augmented": {"augment": True, "cache_features": "off"},
+    "ours_cached": {"augment": False, "cache_features": "memory"},
+}  # fmt: skip
+SIDES = ("ours", "bare", "fit", "fit_default", "ours_augmented", "ours_cached")
 TENSORFLOW_SETTINGS = ("TF_ENABLE_ONEDNN_OPTS", "TF_CPU_ALLOCATOR_USE_BFC")
 
 
@@ -59,10 +68,13 @@ def main(argv=None) -> int:
 
     from models import BACKBONES
 
-    rows = []
+    rows, full_ms = [], {}
     for model_name in args.model_name or BACKBONES:
         for train_type in args.train_type or SCHEMES:
             rows.append(compared(model_name, train_type, args.side or SIDES, args))
+            if train_type == "full_training":
+                full_ms[model_name] = rows[-1]["step_ms"].get("ours")
+            rows[-1]["over_full_training"] = over_full_training(rows[-1], full_ms.get(model_name))
             if not args.json:
                 print(line(rows[-1]), flush=True)
     if args.json:
@@ -71,15 +83,17 @@ def main(argv=None) -> int:
 
 
 def compared(model_name: str, train_type: str, sides, args) -> dict:
-    """Returns the median milliseconds per step of every side, and ratios to our loop's."""
+    """Returns the median milliseconds per step of every side, ratios to our loop's, and peaks of memory."""
     times: dict[str, list[float]] = {side: [] for side in sides}
+    summaries = {}
     with tempfile.TemporaryDirectory() as folder:
         # A tenth of the images is held out for validation.
         num_images = -(-args.steps * args.batch_size * 10 // 9) + 1
         flags = {
             "model_name": model_name, "train_type": train_type, "weights": args.weights, "input_size": args.input_size,
             "batch_size": args.batch_size, "limit_train": num_images, "limit_test": args.batch_size,
-            "num_epochs": args.epochs, "log_dir": folder, "data_dir": args.data_dir, "cache_features": "off",
+            "num_epochs": args.epochs, "log_dir": folder, "data_dir": args.data_dir, "bn_stats": "stored",
+            "learning_rate": 1e-6,
         }  # fmt: skip
         if train_type == "act_norm_betti_train":
             flags["rho"] = args.rho
@@ -93,6 +107,8 @@ def compared(model_name: str, train_type: str, sides, args) -> dict:
                 if done.returncode:
                     raise SystemExit(f"{model_name}, {train_type}, {side} failed:\n{done.stderr[-2000:]}")
                 times[side] += json.loads(done.stdout.splitlines()[-1])
+                if side in OURS:
+                    summaries[side] = json.loads(Path(folder, task["run_name"], "summary.json").read_text())
     medians = {side: statistics.median(seconds) for side, seconds in times.items()}
     return {
         "model_name": model_name,
@@ -102,7 +118,22 @@ def compared(model_name: str, train_type: str, sides, args) -> dict:
         "step_ms": {side: 1000 * seconds for side, seconds in medians.items()},
         "images_per_s": {side: args.batch_size / seconds for side, seconds in medians.items()},
         "ours_over": {side: medians["ours"] / seconds for side, seconds in medians.items() if side != "ours"},
+        "peak_mb": {side: summary["peak_memory_bytes_measured"] / MB for side, summary in summaries.items()},
+        "cached": cached_figures(summaries.get("ours_cached"), medians),
     }
+
+
+def cached_figures(summary: dict | None, medians: dict[str, float]) -> dict | None:
+    """Returns the share of a step's operations behind the cut and the ratio of times, or None without a cache."""
+    if summary is None or summary["cache_features"] == "off":
+        return None
+    shares = {name: summary[name] for name in ("cache_cut", "cache_step_share", "cache_full_step_share")}
+    return {**shares, "over_uncached": medians["ours_cached"] / medians["ours"]}
+
+
+def over_full_training(row: dict, full_ms: float | None) -> dict | None:
+    """Returns our times per step over that of full_training, or None if that was not run."""
+    return full_ms and {side: row["step_ms"][side] / full_ms for side in OURS if side in row["step_ms"]}
 
 
 def environment() -> dict[str, str]:
@@ -118,14 +149,14 @@ def step_times(side: str, task: dict) -> list[float]:
         for name in TENSORFLOW_SETTINGS:
             os.environ.pop(name, None)
     core.environment.load_tensorflow()
-    if side.startswith("ours"):
-        return our_times(task, augmented=side == "ours_augmented")
+    if side in OURS:
+        return our_times(task, OURS[side])
     times_of = bare_times if side == "bare" else fit_times
     return times_of(*frozen_model(task))
 
 
-def our_times(task: dict, augmented: bool) -> list[float]:
-    flags = {**task["flags"], "run_name": task["run_name"], "augment": augmented}
+def our_times(task: dict, choices: dict) -> list[float]:
+    flags = {**task["flags"], "run_name": task["run_name"], **choices}
     argv = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
     subprocess.run([sys.executable, str(ROOT / "main.py"), *argv], check=True, stdout=subprocess.DEVNULL)
     folder = Path(flags["log_dir"], flags["run_name"])
@@ -194,7 +225,18 @@ def line(row: dict) -> str:
     """Returns a row as text."""
     times = ", ".join(f"{side} {milliseconds:.0f}" for side, milliseconds in row["step_ms"].items())
     ratios = ", ".join(f"{side} {ratio:.2f}" for side, ratio in row["ours_over"].items())
-    return f"{row['model_name']:<12} {row['train_type']:<24} ms per step: {times}; ours over: {ratios}"
+    peaks = ", ".join(f"{side} {megabytes:.0f}" for side, megabytes in row["peak_mb"].items())
+    text = (
+        f"{row['model_name']:<12} {row['train_type']:<24} ms per step: {times}; ours over: {ratios}; peak MB: {peaks}"
+    )
+    if row["over_full_training"]:
+        text += "; over full training: " + ", ".join(f"{s} {r:.2f}" for s, r in row["over_full_training"].items())
+    if row["cached"]:
+        text += (
+            "; cached: {over_uncached:.2f} of uncached with {cache_step_share:.2f} of its operations, "
+            "{cache_full_step_share:.2f} of full training's".format(**row["cached"])
+        )
+    return text
 
 
 if __name__ == "__main__":

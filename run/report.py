@@ -230,6 +230,8 @@ def summary_record(run: Progress) -> dict:
         "cache_s": result.cache_s,
         "cache_bytes": result.cache_bytes,
         "cache_cut": result.cache_cut,
+        "cache_step_share": result.cache_step_share,
+        "cache_full_step_share": result.cache_full_step_share,
     }
 
 

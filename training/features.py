@@ -221,6 +221,7 @@ def load(network, data, cfg: Config, result: Result) -> Features:
     features = Features(cut, arrays, data, views)
     result.cache_s = (result.cache_s or 0.0) + time.perf_counter() - start
     result.cache_bytes, result.cache_cut = features.num_bytes, cut.name
+    result.cache_step_share, result.cache_full_step_share = cut.step_share, cut.full_step_share
     log.info("Features: ready in %.1f s", time.perf_counter() - start)
     batch, _ = next(iter(train[0]))
     result.peak_bytes = largest_known(result.peak_bytes, prefix.measured_bytes(batch))

@@ -41,6 +41,8 @@ class Result:
         cache_s: float. Seconds spent computing or opening cached features.
         cache_bytes: int. Size of the cached features.
         cache_cut: str. The layers whose outputs are cached.
+        cache_step_share: float. Operations of a cached step over those of an uncached step.
+        cache_full_step_share: float. The same over those of a step that trains every weight.
     """
 
     status: str = "interrupted"
@@ -65,6 +67,8 @@ class Result:
     cache_s: float | None = None
     cache_bytes: int | None = None
     cache_cut: str | None = None
+    cache_step_share: float | None = None
+    cache_full_step_share: float | None = None
 
     def latest_selection(self, first: Selection | None) -> Selection | None:
         """Returns the selection that holds now: the last re-selection, or else `first`."""
