@@ -34,7 +34,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from core.units import MB  # noqa: E402
+from core.units import MB
 
 SCHEMES = ("full_training", "act_norm_betti_train", "traditional_tl_training")
 OURS = {

@@ -69,6 +69,8 @@ SUMMARY = [
     "cache_s",
     "cache_bytes",
     "cache_cut",
+    "cache_step_share",
+    "cache_full_step_share",
 ]
 
 
