@@ -144,7 +144,7 @@ def measure_keras(args: argparse.Namespace) -> dict:
         model_name=args.model_name, weights=args.weights, input_size=args.input_size, learning_rate=RATE, dropout=0
     )
     network = models.build(cfg, 10)
-    freeze(network, json.loads((args.folder / "selection.json").read_text())["trained_weights"])
+    freeze(network.model, json.loads((args.folder / "selection.json").read_text())["trained_weights"])
     compile_model(network.model, make_optimizer(cfg, STEPS))
     return timed(args, 10, network.model.train_on_batch)
 

@@ -138,7 +138,7 @@ def keras_losses(network, paths, cfg, images, labels):
     for layer in network.model._flatten_layers():
         if isinstance(layer, keras.layers.Dropout):
             layer.rate = 0
-    freeze(network, paths)
+    freeze(network.model, paths)
     optimizer = keras.optimizers.SGD(
         RATE, momentum=cfg.momentum, weight_decay=cfg.weight_decay or None, global_clipnorm=cfg.global_clipnorm or None
     )
