@@ -21,6 +21,7 @@ from dataclasses import replace
 from core import environment, signals, strategy
 from core.config import Config
 from core.errors import RunError, UsageError
+from core.units import GB
 from models import models_table
 from run import evaluation, failures, report
 from run import folder as run_folder
@@ -274,7 +275,7 @@ def clear_cache(cfg: Config) -> int:
     """Deletes the cached features that no run uses."""
     from training import feature_files
 
-    log.info("Deleted %.2f GB of cached features in %s", feature_files.clear(cfg) / 10**9, feature_files.folder(cfg))
+    log.info("Deleted %.2f GB of cached features in %s", feature_files.clear(cfg) / GB, feature_files.folder(cfg))
     return 0
 
 

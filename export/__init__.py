@@ -13,6 +13,7 @@ from pathlib import Path
 from core.config import Config
 from core.errors import RunError, UsageError
 from core.files import whole_file
+from core.units import MB
 from models import Network
 from selection import SCHEMES
 
@@ -88,4 +89,4 @@ def write(network: Network, trained_weights: Collection[str], cfg: Config, path:
         content = storage.packed(content, cfg.litert_frozen)
     with whole_file(path) as file:
         file.write(content)
-    log.info("LiteRT model: %s (%.1f MB), frozen weights in %s", path, len(content) / 1e6, cfg.litert_frozen)
+    log.info("LiteRT model: %s (%.1f MB), frozen weights in %s", path, len(content) / MB, cfg.litert_frozen)

@@ -32,6 +32,7 @@ import data
 from core.config import Config
 from core.errors import RunError, UsageError
 from core.files import whole_file
+from core.units import MB
 from data import splits
 from memory.measure import peak_rss_bytes
 
@@ -145,7 +146,7 @@ def train(args: argparse.Namespace) -> None:
         "peak_rss_bytes": peak_rss_bytes(),
         "checkpoint": str(args.checkpoint) if args.num_epochs else None,
     }
-    print(f"test accuracy {results['accuracy']:.2f} %, peak memory {results['peak_rss_bytes'] / 1e6:.1f} MB resident")
+    print(f"test accuracy {results['accuracy']:.2f} %, peak memory {results['peak_rss_bytes'] / MB:.1f} MB resident")
     if results["checkpoint"]:
         print(f"trained weights: {results['checkpoint']}")
     if args.json:

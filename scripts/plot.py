@@ -30,6 +30,7 @@ from matplotlib.ticker import MaxNLocator
 
 from core.config import Config
 from core.errors import UsageError
+from core.units import MB
 from selection import SCHEMES
 
 # The colours of Okabe and Ito, distinct for colour-blind readers; markers and dashes distinguish them in grey.
@@ -38,7 +39,6 @@ COLOURS = (BLUE, ORANGE, GREEN, RED, PINK, SKY, "#000000")
 MARKERS = "osD^vPX<>*hp"
 DASHES = ("-", "--", "-.", ":")
 ADABET, FULL = Config.train_type, "full_training"
-MB = 1e6  # bytes
 
 plt.rcParams.update({
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,

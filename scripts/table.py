@@ -20,6 +20,7 @@ import runs as run_folders
 
 from core.errors import UsageError
 from core.files import write_whole
+from core.units import MB
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Metric:
 ACCURACY = Metric("Accuracy (%)", "accuracy", 1, 2, "accuracy_percent")
 METRICS = (
     ACCURACY,
-    Metric("Peak memory of a training step, measured (MB)", "peak_memory_bytes_measured", 1e6, 1, "peak_memory_bytes"),
+    Metric("Peak memory of a training step, measured (MB)", "peak_memory_bytes_measured", MB, 1, "peak_memory_bytes"),
     Metric("Time per epoch (s)", "epoch_s", 1, 2, "epoch_s"),
     Metric("Selection time (s)", "selection_s", 1, 2, "selection_s"),
 )

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from core.config import Config
 from core.environment import num_workers
 from core.errors import RunError, UsageError
+from core.units import GB, MB
 from selection.betti import MIN_POINTS, betti_1_of_each, predicted_cost
 from selection.ranking import Selection, eligible_paths, kendall_stability, select_top
 
@@ -29,7 +30,7 @@ log = logging.getLogger("adabet")
 
 # Limits of the predicted cost of a selection's Vietoris-Rips part.
 MAX_RIPS_S = 1800
-MAX_RIPS_BYTES = 2 * 10**9
+MAX_RIPS_BYTES = 2 * GB
 
 
 # What a layer's b1 is divided by, for a candidate and the number of examples.
@@ -144,8 +145,8 @@ def _check_clouds(points, num_clouds, origin=""):
     seconds, peak_bytes = predicted_cost(points, num_clouds)
     if seconds > MAX_RIPS_S or peak_bytes > MAX_RIPS_BYTES:
         raise UsageError(
-            f"the Vietoris-Rips part of a selection may take {MAX_RIPS_S} s and {MAX_RIPS_BYTES / 1e6:.0f} MB. "
-            f"Received: clouds of {points} points, predicted at {seconds:.0f} s and {peak_bytes / 1e6:.0f} MB; use "
+            f"the Vietoris-Rips part of a selection may take {MAX_RIPS_S} s and {MAX_RIPS_BYTES / MB:.0f} MB. "
+            f"Received: clouds of {points} points, predicted at {seconds:.0f} s and {peak_bytes / MB:.0f} MB; use "
             "smaller or fewer batches (--betti_points, --num_betti_batches)."
         )
 

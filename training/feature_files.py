@@ -25,10 +25,10 @@ import numpy as np
 from core.config import Config
 from core.errors import RunError
 from core.files import PARTIAL
+from core.units import GB
 
 log = logging.getLogger("adabet")
 
-GB = 10**9
 _RECORD = "record.json"
 _PIECE = 2**24  # bytes read at once
 _in_use: dict = {}  # lock files of the features that this process reads

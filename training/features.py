@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from core.config import Config
 from core.environment import device_facts
+from core.units import GB
 from core.version import VERSION
 from memory import budget, estimate
 from memory.measure import measured_peak
@@ -31,7 +32,6 @@ from training.result import Result, largest_known
 
 log = logging.getLogger("adabet")
 
-GB = 10**9
 MEMORY_SHARE = 0.25  # of the machine's memory that `auto` gives to features
 MIN_SAVED = 0.1  # share of the operations of all epochs that `auto` must save
 MIN_PREFIX = 0.01  # share of a forward pass below which a prefix is not worth a cache
