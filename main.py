@@ -6,7 +6,7 @@ loads the backbone and the data set (by default digits, which ship with
 scikit-learn), counts the H1 bars of every layer's activations in forward passes
 alone, trains the best tenth of the layers, and writes a folder under logs/ with
 the ranking, the metrics of each epoch, and a summary of accuracy, time and peak
-memory. README.md describes the other flags and the results to expect.
+memory. docs/usage.md describes the other flags; README.md shows results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from core.units import GB
 from models import models_table
 from run import evaluation, failures, report
 from run import folder as run_folder
-from run.flags import parse
+from run.flags import is_debug, parse
 from run.report import Progress
 from selection import SCHEMES, Selection
 from training import caching
@@ -178,7 +178,7 @@ def write_config(cfg: Config, images, network, folder: run_folder.RunFolder) -> 
 
 
 def begin(run: Progress) -> None:
-    """Selects what trains, or the head alone for a warm-up, and measures the cost of the selection."""
+    """Selects the weights that train and measures the cost; for a warm-up, takes the head without measuring."""
     import train
 
     if run.cfg.warmup_epochs:
@@ -308,7 +308,7 @@ def prepare(cfg: Config) -> int:
 
 
 def _fail(code, error, argv):
-    if "--debug" in argv:
+    if is_debug(argv):
         traceback.print_exc()
     log.error("%s", " ".join(str(error).split()))
     return code

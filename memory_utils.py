@@ -176,6 +176,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code: 0, 2 for wrong use, 1 for a failure."""
+    from run import flags
     from run import folder as run_folder
 
     argv = sys.argv[1:] if argv is None else argv
@@ -191,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code
     except Exception as error:
-        if "--debug" in argv:
+        if flags.is_debug(argv):
             traceback.print_exc()
         known = isinstance(error, (UsageError, RunError))
         log.error("%s%s", "" if known else f"{type(error).__name__}: ", " ".join(str(error).split()))

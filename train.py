@@ -350,7 +350,7 @@ def penalties_and_constraints(network, selection: Selection) -> Iterator[keras.c
     """
     weights = [weight for weight in network.trainable_weights if weight.trainable]
 
-    def penalise(active):
+    def penalize(active):
         for weight in weights:
             weight.regularizer = selection.penalties.get(weight.path) if active else None
 
@@ -359,12 +359,12 @@ def penalties_and_constraints(network, selection: Selection) -> Iterator[keras.c
             weight.constraint = selection.constraints.get(weight.path)
             if weight.constraint:
                 weight.assign(weight.constraint(weight.value))
-        penalise(True)
+        penalize(True)
         yield keras.callbacks.LambdaCallback(
-            on_test_begin=lambda logs: penalise(False), on_test_end=lambda logs: penalise(True)
+            on_test_begin=lambda logs: penalize(False), on_test_end=lambda logs: penalize(True)
         )
     finally:
-        penalise(False)
+        penalize(False)
         for weight in weights:
             weight.constraint = None
 

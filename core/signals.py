@@ -36,7 +36,7 @@ def handled() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread can handle signals
         return
-    # A signal that is ignored stays ignored: a shell starts its background jobs so.
+    # A signal that is ignored stays ignored: shells start background jobs this way.
     signals = [signum for signum in EXCEPTIONS if signal.getsignal(signum) is not signal.SIG_IGN]
     before = {signum: signal.signal(signum, _on_signal) for signum in signals}
     reading, writing = os.pipe()

@@ -1,6 +1,6 @@
 """Export of a fine-tuned network as a LiteRT model that goes on training on a device.
 
-`check` refuses before the training what cannot be exported, `write` writes the file after
+`check` raises an error before training if the network cannot be exported, `write` writes the file after
 it. TensorFlow is imported when they are called.
 """
 
@@ -30,7 +30,7 @@ def check(network: Network, cfg: Config) -> None:
         cfg: Config. Reads `train_type`, `strategy` and the flags that start with `litert`.
 
     Raises:
-        UsageError: if the scheme selects again while it trains, if normalisation runs on batch
+        UsageError: if the scheme selects again while it trains, if normalization runs on batch
             statistics, if the run uses several devices, or if an operation has no counterpart
             among LiteRT's built-in operations.
     """
@@ -45,7 +45,7 @@ def check(network: Network, cfg: Config) -> None:
         )
     if network.bn_stats == "batch":
         raise UsageError(
-            "--save_litert needs batch normalisation on stored statistics. Received: batch statistics; "
+            "--save_litert needs batch normalization on stored statistics. Received: batch statistics; "
             "use pretrained --weights, or --bn_stats stored."
         )
     from export import convert, gradients, training_module

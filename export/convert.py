@@ -47,7 +47,7 @@ def to_litert(module: tf.Module, signatures: dict) -> bytes:
     """Returns the content of a .tflite file with the signatures of `training_module.make`.
 
     Raises:
-        RunError: if the converter needs operations that LiteRT has not built in.
+        RunError: if the converter needs operations that are not built into LiteRT.
     """
     with tempfile.TemporaryDirectory(prefix="adabet-litert-") as folder:
         options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)

@@ -2,7 +2,7 @@
 
 Kernels are quantized before the conversion, symmetrically, with one scale per output
 channel. The converter transposes kernels and multiplies them by the scales of frozen
-normalisations, channel by channel, so its constants still are whole multiples of one scale
+normalizations, channel by channel, so its constants still are whole multiples of one scale
 per channel, on some axis. `packed` finds that axis and stores the integers.
 """
 

@@ -126,7 +126,7 @@ def custom_objects(flag: str | None) -> dict:
             found[name] = getattr(importlib.import_module(module), name)
         except Exception as error:  # a module can raise anything
             raise UsageError(
-                f"--custom_objects takes MODULE:NAME,... of classes that can be imported. Received: {entry.strip()!r} "
+                f"--custom_objects must list importable classes as MODULE:NAME,.... Received: {entry.strip()!r} "
                 f"({type(error).__name__}: {' '.join(str(error).split())}); check the names, and PYTHONPATH."
             ) from error
     return found
@@ -190,7 +190,9 @@ def _fits(classifier, activations, num_classes):
         width = classifier.bias.shape[0] if classifier.use_bias else classifier.kernel.shape[-1]
         if width == num_classes and activations <= {"linear", "softmax"}:
             return True
-        reason = f"it has {width} outputs ({', '.join(sorted(activations))}), the data {num_classes} classes"
+        reason = f"it has {width} outputs, but the data have {num_classes} classes"
+        if width == num_classes:
+            reason = f"its activation is {', '.join(sorted(activations))}, not linear or softmax"
     log.warning("--keep_head cannot keep the model's own head: %s. A new head replaces it.", reason)
     return False
 

@@ -18,7 +18,7 @@ from core.strategy import check as check_strategy
 from data import dataset_row
 from models import check_flags, default_input_size, keras_file
 from run import folder as run_folder
-from run.parser import INTERVAL, NUM_BETTI_BATCHES, TIMINGS, make_parser
+from run.parser import INTERVAL, NUM_BETTI_BATCHES, TIMINGS, TRUE, make_parser
 from selection import ALIASES, SCHEMES, SELECTION_FLAGS
 from training import caching, segments
 
@@ -68,8 +68,8 @@ def parse(argv: Sequence[str]) -> Config:
     if record and changed:
         received = ", ".join(f"--{name} {getattr(cfg, name)} (was {record.get(name)})" for name in changed)
         raise UsageError(
-            f"a resumed run keeps every flag that changes its result. Received: {received}; leave that out, or start a "
-            "new run under another --run_name."
+            f"a resumed run must keep every flag that changes its results. Received: {received}; leave "
+            "that out, or start a new run under another --run_name."
         )
     return cfg
 
@@ -131,6 +131,13 @@ def _folder_to_resume(args) -> Path:
     return folder
 
 
+def is_debug(argv: Sequence[str]) -> bool:
+    """Returns whether the arguments ask for tracebacks, also if other arguments are wrong."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--debug", nargs="?", const="true", default="false")
+    return parser.parse_known_args(argv)[0].debug.lower() in TRUE
+
+
 def without_doubled_flags(argv: Sequence[str]) -> list[str]:
     """Returns the arguments without flags that are directly followed by themselves, as in the published example."""
     return [
@@ -159,7 +166,9 @@ def resolve(args: argparse.Namespace) -> Config:
         )
     unread = sorted(flag for flag in SELECTION_FLAGS - scheme.reads if given[flag] is not None)
     if unread:
-        log.warning("%s does not read %s; ignored.", given["train_type"], ", ".join(f"--{flag}" for flag in unread))
+        log.warning(
+            "%s does not use %s, which is ignored.", given["train_type"], ", ".join(f"--{flag}" for flag in unread)
+        )
     defaults = {
         "rho": scheme.rho,
         "num_betti_batches": NUM_BETTI_BATCHES,

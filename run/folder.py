@@ -27,7 +27,7 @@ from models import keras_file, short_name
 
 log = logging.getLogger("adabet")
 
-# Flags that only say where a run writes and how much it prints.
+# Flags that do not change the results of training.
 _WITHOUT_EFFECT = {
     "log_dir", "run_name", "resume", "checkpoint_minutes", "save_model", "save_txt", "select_only", "list_layers",
     "list_models", "debug", "data_dir", "prepare_only", "cache_dir", "cache_limit_gb", "clear_cache", "evaluate",

@@ -24,6 +24,7 @@ from training import caching
 INTERVAL = 4  # epochs
 NUM_BETTI_BATCHES = Config.num_betti_batches
 TIMINGS = ("measured", "flops")
+TRUE = ("true", "1", "yes")
 
 _DEFAULT = "(default: %(default)s)"
 _LARGEST = 2**31 - 1  # the largest integer that every framework accepts
@@ -110,7 +111,7 @@ def _add_data(group):
     group.add_argument(
         "--dataset_name",
         default=Config.dataset_name,
-        help=f"{_rows(DATASETS)}\nor any TFDS name with an image and a label\n{_DEFAULT}",
+        help=f"{_rows(DATASETS)}\nor any TFDS data set with an image and a label\n{_DEFAULT}",
     )
     group.add_argument("--image_dir", help="folder of images for --dataset_name image_folder")
     group.add_argument(
@@ -195,7 +196,8 @@ def _add_training(group):
         "--early_stopping",
         type=_integer(1),
         metavar="PATIENCE",
-        help="stop after so many epochs, warm-up aside, without a better validation accuracy (default: never)",
+        help="stop after this many epochs without a better validation accuracy, not counting the warm-up\n"
+        "(default: never)",
     )
     group.add_argument("--optimizer", choices=("sgd", "adam"), default=Config.optimizer, help=_DEFAULT)
     group.add_argument(
@@ -270,8 +272,8 @@ def _add_cache(group):
         type=_real(0, math.inf, open_low=True, open_high=True),
         default=Config.cache_limit_gb,
         metavar="GB",
-        help="size of all features in --cache_dir; the least recently used are deleted (1 GB is 10^9 bytes)\n"
-        + _DEFAULT,
+        help="largest total size of the features in --cache_dir; the least recently used are deleted\n"
+        "(1 GB is 10^9 bytes) " + _DEFAULT,
     )
     group.add_argument("--clear_cache", **_switch(False), help="delete the features that no run uses, and stop")
 
@@ -285,13 +287,14 @@ def _add_output(group):
         const=True,
         default=Config.resume,
         metavar="RUN_FOLDER",
-        help="continue an interrupted run with its own flags; without RUN_FOLDER: the run of --run_name, or start it",
+        help="continue an interrupted run with its own flags;\n"
+        "without RUN_FOLDER: continue the run of --run_name, or start it",
     )
     group.add_argument(
         "--evaluate",
         metavar="RUN_FOLDER|PATH.keras",
         help="evaluate a saved model on the test split, write LOG_DIR/NAME_evaluation/, and stop;\n"
-        "the data of RUN_FOLDER are its run's",
+        "a run is evaluated on its own data",
     )
     group.add_argument("--save_model", **_switch(False), help="write model.keras, which plain Keras loads\n" + _DEFAULT)
     group.add_argument("--save_txt", **_switch(False), help="write RUN_NAME.txt with hours and accuracy\n" + _DEFAULT)
@@ -349,10 +352,9 @@ def _switch(default):
 
 
 def _boolean(text):
-    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in values:
+    if text.lower() not in (*TRUE, "false", "0", "no"):
         raise argparse.ArgumentTypeError(f"must be true or false (also 1, yes, 0, no). Received: {text!r}")
-    return values[text.lower()]
+    return text.lower() in TRUE
 
 
 def _model_name(text):

@@ -63,7 +63,7 @@ def distance_pass(network) -> Iterator[Callable]:
 
 def _reduced_pass(network, reduce, images):
     """Runs the network and returns what `reduce` makes of each candidate's output, in forward order."""
-    reduced: dict = {}  # by path; a layer that the pass meets twice counts at its first meeting
+    reduced: dict = {}  # by path; a layer called twice is counted at its first call
 
     def reducing(layer, call):
         def call_and_reduce(*args, **kwargs):

@@ -91,7 +91,7 @@ def _ranks(distances):
     if not np.isfinite(distances).all():
         raise ValueError("distances must be finite. Received: NaN or infinite values")
     if (distances < 0).any() or np.diagonal(distances).any():
-        raise ValueError("distances must not be negative, and zero on the diagonal")
+        raise ValueError("distances must be non-negative, and zero on the diagonal")
     if not np.array_equal(distances, distances.T):
         raise ValueError("distances must be symmetric")
     # A power of two changes no digit and keeps every cloud within float32's range.

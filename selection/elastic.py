@@ -7,7 +7,7 @@ step's.
 
 Differences from the published code:
 
-* The gradients of gamma and beta cost what they cost; there they cost nothing.
+* The gradients of gamma and beta have their true cost here; in the published code they cost nothing.
 * The head is new and always trains, and its time is subtracted first; there it competes.
 * The dynamic program is exact up to its time resolution; there it is a heuristic.
 * Every importance is divided by its largest absolute value; there the magnitudes are not.
@@ -184,7 +184,7 @@ def _chooser(network, images, labels, cost, cfg, importance, ratios):
         measured = chosen_s / full_s
         ratios.append((min(cfg.interval, cfg.num_epochs - epoch), predicted, measured))
         log.info(
-            "Selected %d of %d tensors. A step takes %.3f of a full one by the times of its parts, %.3f as measured; "
+            "Selected %d of %d tensors. Share of a full step's time: %.3f predicted, %.3f measured; "
             "rho is %.3f", len(chosen), len(worth), predicted, measured, cfg.rho,
         )  # fmt: skip
         rows = [
@@ -231,7 +231,7 @@ def affordable(network, worth: np.ndarray, cost: Timings, cfg: Config) -> tuple[
     chosen = most_important(candidates, own, t_dy, left)
     if not chosen:
         log.warning(
-            "With --rho %g the backward pass may take %.3g %s, which admits no tensor but the head's.",
+            "With --rho %g the backward pass may take %.3g %s, so only the head's tensors train.",
             cfg.rho, time_budget, cost.unit,
         )  # fmt: skip
     trained = sorted({*chosen, *(i for i, path in enumerate(paths) if path in head)})

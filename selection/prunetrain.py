@@ -114,7 +114,9 @@ def _pruned(network, selection, groups, coefficient, pruned):
             if not alive.all():
                 found[_side(group)][group.path] = np.flatnonzero(~alive).tolist()
             if not alive.any():
-                log.warning("All channels of %s are pruned; only a branch around it can pass anything.", group.path)
+                log.warning(
+                    "All channels of %s are pruned; only a branch that bypasses it carries a signal.", group.path
+                )
         counts = {side: sum(map(len, channels.values())) for side, channels in found.items()}
         log.info("Pruned so far: %d output channels and %d input channels", counts["output"], counts["input"])
         return _pruned(network, selection, groups, coefficient, found)

@@ -55,7 +55,7 @@ def rank_layers(
     """Ranks the layers of a Keras model by the topology of their activations, and selects the best.
 
     It runs forward passes without dropout, and does not change the model. The candidates
-    are the layers without layers inside that have weights that can train, except those in
+    are the leaf layers with trainable weights, except those in
     loops, such as the cells of recurrent layers.
 
     Args:
@@ -189,7 +189,7 @@ def count_bars(network, batches: Iterable, num_batches: int) -> tuple[np.ndarray
             counts.append(betti_1_of_each(matrices, num_workers()))
     if len(counts) < num_batches:
         log.warning(
-            "The data hold %d batches of %d images for the selection instead of %d; the ranking uses these.",
+            "The ranking uses %d batches of %d images instead of %d batches: the data contain no more.",
             len(counts), points, num_batches,
         )  # fmt: skip
     return np.array(counts), points

@@ -291,7 +291,7 @@ def test_auto_caches_if_the_result_stays_and_time_is_saved(flags, where, run, tm
 
 def test_first_layers_that_train_leave_nothing_to_cache(run, tmp_path, capsys):
     assert run("first", "--augment", "False", "--cache_features", "memory", "--layers", "^stem$") == 0
-    assert "no part is left to cache" in capsys.readouterr().err
+    assert "there is nothing to cache" in capsys.readouterr().err
     assert record(tmp_path / "first")["cache_features"] == "off"
 
 

@@ -263,7 +263,7 @@ def test_betti_points_is_independent_of_batch_size(tiny, tmp_path):
 
 def test_unread_flag_is_warned_about_and_null(tiny, tmp_path, capsys):
     assert tiny("--train_type", "traditional_tl_training", "--rho", "0.5", "--num_betti_batches", "2") == 0
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "does not read" in line]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "does not use" in line]
     assert len(warnings) == 1 and "--num_betti_batches, --rho" in warnings[0]
     run, records = run_of(tmp_path / "logs")
     assert run.name == "resnet50_digits_traditional_tl_training_seed0"

@@ -108,7 +108,7 @@ class BestEpoch(keras.callbacks.Callback):
     def __init__(self, patience: int | None = None, warmup_epochs: int = 0):
         """
         Args:
-            patience: int or None. Epochs without a better one that exhaust it; None is any number.
+            patience: int or None. Epochs without improvement before training stops; None never stops.
             warmup_epochs: int. First epochs that do not count.
         """
         super().__init__()
@@ -129,7 +129,7 @@ class BestEpoch(keras.callbacks.Callback):
             self.values = [(variable, variable.numpy()) for variable in self.variables]
 
     def exhausted(self, epochs_done: int) -> bool:
-        """Returns whether the last `patience` of the finished epochs brought no better one."""
+        """Returns whether the last `patience` of the finished epochs did not improve on the best."""
         since = epochs_done - max(self.epoch or 0, self.warmup_epochs)
         return self.patience is not None and since >= self.patience
 

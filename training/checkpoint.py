@@ -126,7 +126,7 @@ def latest(run_folder: Path) -> Checkpoint | None:
             if error.errno != errno.EINVAL:
                 raise
             reason = error
-        log.warning("Checkpoint %s is corrupt (%s); it is deleted, and the one before it is used.", path.name, reason)
+        log.warning("Checkpoint %s is corrupt (%s) and deleted; the one before it, if any, is used.", path.name, reason)
         path.unlink()
     return None
 

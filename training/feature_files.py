@@ -61,7 +61,7 @@ def load(cfg: Config, key: dict, parts: dict[str, Callable], sizes: dict, shapes
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        lock = _in_use[name] = open(cache / f"{name}.lock", "a")  # noqa: SIM115  held until `release`
+        lock = _in_use[name] = open(cache / f"{name}.lock", "a")  # noqa: SIM115  held until the process ends, or `release`
     except OSError as error:
         raise RunError(f"--cache_dir must be a folder that can be written. Received: {cache}: {error}") from error
     fcntl.flock(lock, fcntl.LOCK_SH)
@@ -128,8 +128,9 @@ def _make_room(cfg, cache, name, sizes, shapes, dtype):
         _delete(cache, entry)
     if sum(map(_size, _entries(cache))) + needed > cfg.cache_limit_gb * GB:
         raise RunError(
-            f"--cache_limit_gb must allow for the features of all running runs. Received: {cfg.cache_limit_gb:g}, with "
-            f"{needed / GB:.2f} GB needed in addition; raise it, or use --cache_features off."
+            "--cache_limit_gb must allow for the features of this run and of the other active runs. Received: "
+            f"{cfg.cache_limit_gb:g}, with {needed / GB:.2f} GB needed in addition; raise it, or use "
+            "--cache_features off."
         )
     free = shutil.disk_usage(cache).free
     if needed > free:

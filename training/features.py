@@ -129,7 +129,7 @@ def choose(network, data, cfg: Config) -> tuple[str, str]:
         return "off", f"Features are not cached: {obstacle}."
     cut = find_cut(network.model)
     if cut is None or cut.saved < MIN_PREFIX:
-        return "off", "Features are not cached: training begins in the first layers, so that no part is left to cache."
+        return "off", "Features are not cached: the first layers train, so there is nothing to cache."
     num_bytes = total_bytes(cut, data, cfg)
     saved = (1 - cut.step_share) * (1 - (cfg.cached_views or 1) / cfg.num_epochs)
     size = f"{num_bytes / GB:.2f} GB behind {cut.name}"
@@ -139,7 +139,8 @@ def choose(network, data, cfg: Config) -> tuple[str, str]:
         if saved < MIN_SAVED:
             return "off", f"Features are not cached: {size} would save only {100 * saved:.0f} % of the operations."
         if where == "disk" and num_bytes > cfg.cache_limit_gb * GB:
-            return "off", f"Features are not cached: {size} exceed memory and --cache_limit_gb {cfg.cache_limit_gb:g}."
+            limits = f"a quarter of the memory and --cache_limit_gb {cfg.cache_limit_gb:g}"
+            return "off", f"Features are not cached: {size} exceeds {limits}."
     views = f", {cfg.cached_views} views of each image" if cfg.cached_views else ""
     place = "in memory" if where == "memory" else "on disk"
     return where, (

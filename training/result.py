@@ -1,4 +1,4 @@
-"""What a fine-tuning has come to."""
+"""The results of a fine-tuning run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from selection.ranking import Selection
 class Result:
     """The measurements and outcomes of a run. Values that are not known yet are None.
 
-    main.py creates it with the cost of the selection, and `train.fine_tune` fills in
-    the rest while it trains, so that an interrupted run can be reported too.
+    run.report.Progress creates it, train.select adds the cost of the selections, and
+    train.fine_tune the rest while it trains, so that an interrupted run can be reported too.
 
     Attributes:
         status: str. `"interrupted"` until the run ends, then `"done"`, `"diverged"`
@@ -81,7 +81,7 @@ class Result:
 
     @classmethod
     def from_record(cls, record: dict) -> Result:
-        """Returns the result that `to_record` made `record` of."""
+        """Returns the result from a record made by `to_record`."""
         later = [(epoch, Selection.from_record(chosen)) for epoch, chosen in record["reselections"]]
         return cls(**{**record, "reselections": later})
 

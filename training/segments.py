@@ -39,8 +39,8 @@ def check(cfg: Config) -> None:
     """
     if cfg.warmup_epochs >= cfg.num_epochs:
         raise UsageError(
-            f"--warmup_epochs must leave an epoch of --num_epochs for the selection. Received: {cfg.warmup_epochs} of "
-            f"{cfg.num_epochs}; lower it."
+            f"--warmup_epochs must be less than --num_epochs: the selection follows the warm-up. Received: "
+            f"{cfg.warmup_epochs} of {cfg.num_epochs}; lower it."
         )
     if cfg.warmup_epochs and cfg.select_only:
         raise UsageError(

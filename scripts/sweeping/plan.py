@@ -29,7 +29,7 @@ ADABET_AND_BASELINES = (
 NOT_PASSED_ON = {
     "--model_name": "--models", "--dataset_name": "--datasets", "--train_type": "--train_types", "--rho": "--rhos",
     "--seed": "--seeds", "--run_name": None, "--select_only": None, "--list_layers": None, "--list_models": None,
-    "--prepare_only": None, "--resume": None, "--evaluate": None,
+    "--prepare_only": None, "--clear_cache": None, "--resume": None, "--evaluate": None,
 }  # fmt: skip
 
 
