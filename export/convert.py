@@ -59,4 +59,6 @@ def to_litert(module: tf.Module, signatures: dict) -> bytes:
             return converter.convert()
         except Exception as error:
             found = re.findall(r"(?:Flex|Custom) ops: ([^\n]*)", str(error))
-            raise RunError(f"the network must convert to LiteRT's built-in operations. Received: {found}") from error
+            raise RunError(
+                f"the network must convert to LiteRT's built-in operations. Received: {found}; leave out --save_litert."
+            ) from error

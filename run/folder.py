@@ -78,7 +78,7 @@ def check_place(cfg: Config) -> None:
     if cfg.log_dir == "" or "\0" in cfg.log_dir or not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UsageError(
             f"--log_dir must be a folder that can be created and written to. Received: {cfg.log_dir!r} ({nearest} is "
-            "not writable); choose another folder."
+            "not a writable folder); choose another folder."
         )
     if cfg.run_name is None:
         return
@@ -168,7 +168,9 @@ class RunFolder:
             handler = _FileHandler(self.path / "log.txt", encoding="utf-8")
             fcntl.flock(handler.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it when the process ends
         except StopIteration:
-            raise UsageError(f"--run_name must be new in --log_dir. Received: {cfg.run_name!r}.") from None
+            raise UsageError(
+                f"--run_name must be new in --log_dir. Received: {cfg.run_name!r}; choose another name."
+            ) from None
         except BlockingIOError:
             handler.close()
             raise UsageError(

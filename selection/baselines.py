@@ -86,7 +86,7 @@ def _read_list(path):
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a NUL in the path
-        raise UsageError(f"--layers @FILE takes a readable text file. Received: {path} ({error}).") from error
+        raise UsageError(f"--layers @FILE takes a readable text file. Received: {path} ({error}); check it.") from error
     if not text.lstrip().startswith("{"):
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:
@@ -94,11 +94,11 @@ def _read_list(path):
     except (ValueError, KeyError, RecursionError) as error:
         raise UsageError(
             f"--layers @FILE takes a selection.json with a list `selected`, or paths, one a line. "
-            f"Received: {path} ({error!r})."
+            f"Received: {path} ({error!r}); check the file."
         ) from error
     if not isinstance(selected, list) or not all(isinstance(entry, str) for entry in selected):
         raise UsageError(
-            f"`selected` in a selection.json is a list of layer paths. Received: {path} with another value."
+            f"`selected` in a selection.json is a list of layer paths. Received: {path} with another value; check it."
         )
     return selected
 

@@ -138,7 +138,7 @@ def matching(paths: Collection[str], pattern: str, flag: str) -> set[str]:
     try:
         found = {path for path in paths if re.search(pattern, path)}
     except re.error as error:
-        raise UsageError(f"{flag} takes a regular expression. Received: {pattern!r} ({error}).") from error
+        raise UsageError(f"{flag} takes a regular expression. Received: {pattern!r} ({error}); correct it.") from error
     if not found:
         raise UsageError(
             f"{flag} must match at least one layer path. Received: {pattern!r}, which matches none of "
@@ -161,7 +161,7 @@ def eligible_paths(network, cfg: Config) -> list[str]:
     if not left:
         raise UsageError(
             f"--exclude_layers must leave a layer to train. Received: {cfg.exclude_layers!r}, "
-            f"which matches all {len(paths)}."
+            f"which matches all {len(paths)}; --list_layers prints them."
         )
     return left
 
