@@ -242,8 +242,8 @@ def read_checkpoint(path: Path) -> dict[str, np.ndarray]:
             return {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         raise UsageError(
-            f"--restore must be a complete checkpoint of this script. Received: {path} "
-            f"({' '.join(str(error).split())}); give another one."
+            f"--restore must be a complete checkpoint of this script. Received: {path}, "
+            f"{'which is damaged or another file' if path.is_file() else 'which is no file'}; give another one."
         ) from error
 
 
