@@ -7,7 +7,7 @@ run: .venv/run.stamp
 	$(BIN)/python main.py --model_name resnet50 --train_type act_norm_betti_train --rho 0.1
 
 test: .venv/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-fast: .venv/test.stamp
 	$(BIN)/python -m pytest -m "not slow"
