@@ -116,9 +116,9 @@ def test_grouped_convolution_is_unsupported():
         gradients_of(lambda x, kernel: tf.nn.conv2d(x, kernel, 1, "SAME"), normal(2, 8, 8, 4), normal(3, 3, 2, 4))
 
 
-def tiny_network(seed=0):
-    keras.utils.set_random_seed(seed)
-    network = network_of(tiny_model(), bn_stats="stored")
+def tiny_network(input_size=16):
+    keras.utils.set_random_seed(0)
+    network = network_of(tiny_model(input_size=input_size), bn_stats="stored")
     batchnorm.use_stored_statistics(network.model)
     return network
 
@@ -262,41 +262,30 @@ def test_trained_weights_alone_are_variables(exported):
 @pytest.fixture
 def tiny(monkeypatch, tmp_path, data_dir):
     """Gives main() with a tiny network in place of the backbone; its run is tmp_path/run."""
-    monkeypatch.setattr(models, "assemble", lambda cfg, num_classes: tiny_network())
+    monkeypatch.setattr(models, "assemble", lambda cfg, num_classes: tiny_network(cfg.input_size))
     monkeypatch.setattr(models, "load_weights", lambda network, cfg: network)
-    monkeypatch.setattr(models, "check_input_size", lambda model_name, input_size: None)  # the tiny one takes 16
-    words = [
-        "--input_size",
-        "16",
-        "--limit_train",
-        "160",
-        "--limit_test",
-        "40",
-        "--batch_size",
-        "16",
-        "--num_epochs",
-        "1",
-    ]
+    words = "--limit_train 160 --limit_test 40 --batch_size 16 --num_epochs 1".split()
     words += ["--data_dir", data_dir, "--log_dir", str(tmp_path), "--run_name", "run", "--save_litert"]
     return lambda *argv: main([*words, *argv])
 
 
 def test_main_exports_the_network_that_it_saves(tiny, tmp_path):
     assert tiny("--save_model", "--litert_batch", str(BATCH), "--momentum", "0") == 0
-    model, images = litert_train.Model(tmp_path / "run" / "model.tflite", 1), batches(1)[0][0]
+    model, images = litert_train.Model(tmp_path / "run" / "model.tflite", 1), batches(1, size=32)[0][0]
     wanted = keras.models.load_model(tmp_path / "run" / "model.keras").predict_on_batch(images)
     np.testing.assert_allclose(model.logits(images), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_select_only_exports_the_network_as_it_was(tiny, tmp_path):
     assert tiny("--select_only", "--litert_batch", str(BATCH)) == 0
-    model, images = litert_train.Model(tmp_path / "run" / "model.tflite", 1), batches(1)[0][0]
-    wanted = tiny_network().model.predict_on_batch(images)
+    model, images = litert_train.Model(tmp_path / "run" / "model.tflite", 1), batches(1, size=32)[0][0]
+    wanted = tiny_network(32).model.predict_on_batch(images)
     np.testing.assert_allclose(model.logits(images), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
-def test_refusal_comes_before_the_run_folder(tiny, tmp_path):
+def test_refusal_comes_before_the_run_folder(tiny, tmp_path, capsys):
     assert tiny("--train_type", "prunetrain") == 2
+    assert "--save_litert needs a scheme" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
