@@ -2,11 +2,9 @@
 
 from typing import ClassVar
 
-import numpy as np
 import tensorflow_datasets as tfds
 
-TEST_IMAGES = 360
-_BRIGHTEST = 16  # load_digits counts ink in 4x4 blocks: 0..16
+from data import digit_images
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
@@ -30,18 +28,12 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
+        pixels, labels = digit_images.load()
+        return {
+            name: self._generate_examples(positions, pixels, labels)
+            for name, positions in digit_images.split(labels).items()
+        }
 
-        _, labels = load_digits(return_X_y=True)
-        # Part of the data set, so apart from --seed: everybody tests on the same images.
-        train, test = train_test_split(np.arange(len(labels)), test_size=TEST_IMAGES, stratify=labels, random_state=0)
-        return {"train": self._generate_examples(train), "test": self._generate_examples(test)}
-
-    def _generate_examples(self, positions):
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        grey = np.rint(digits.images * (255 / _BRIGHTEST)).astype(np.uint8)  # (1797, 8, 8)
+    def _generate_examples(self, positions, pixels, labels):
         for position in positions.tolist():
-            yield (position, {"image": grey[position][:, :, None], "label": int(digits.target[position])})
+            yield (position, {"image": pixels[position][:, :, None], "label": int(labels[position])})

@@ -33,7 +33,7 @@ from core.config import Config
 from core.errors import RunError, UsageError
 from core.files import whole_file
 from core.units import MB
-from data import splits
+from data import digit_images, splits
 from memory.measure import peak_rss_bytes
 
 
@@ -277,17 +277,10 @@ class Images:
 
 def digits(cfg: Config) -> Images:
     """Returns scikit-learn's digits, with the test images of main.py's digits."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    found = load_digits()
-    grey = np.rint(found.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
-    train, test = train_test_split(
-        np.arange(len(grey)), test_size=360, stratify=found.target, random_state=0
-    )  # see data/digits.py
-    parts = {"train": train, "test": test}
+    grey, labels = digit_images.load()
+    parts = digit_images.split(labels)
     return Images(
-        labels={name: found.target[part].astype(np.int64) for name, part in parts.items()},
+        labels={name: labels[part] for name, part in parts.items()},
         images={name: list(grey[part]) for name, part in parts.items()},
         read=lambda image: np.repeat(image[:, :, None], 3, axis=2),
         num_classes=10,

@@ -10,29 +10,28 @@ digits`, 1,437 train and 360 test. The same seed gives the same pixels.
 """
 
 import sys
+from pathlib import Path
 
 import image_folders
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
-from sklearn.model_selection import train_test_split
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import digit_images
 
 SIZE = 96  # pixels
 SCALE = (0.7, 1)  # side of a digit with its margin, of SIZE
 MARGIN = 2  # pixels of the original around a digit, so that rotation cuts nothing off
 ROTATION = 30  # degrees, both ways
 DARK, BRIGHT = (0, 110), (145, 255)  # ranges that do not meet, so that every digit can be seen
-TEST_IMAGES = 360
 
 
 def images(seed):
     """Yields (split, class, uint8 array of shape (SIZE, SIZE, 3)) of every digit."""
     digits, photos = load_digits(), load_sample_images().images
-    # The split of data/digits.py.
-    _, test = train_test_split(
-        np.arange(len(digits.target)), test_size=TEST_IMAGES, stratify=digits.target, random_state=0
-    )
-    in_test = set(test.tolist())
+    in_test = set(digit_images.split(digits.target)["test"].tolist())
     for place, (grey, label) in enumerate(zip(digits.images, digits.target)):
         rng = np.random.default_rng([seed, place])
         yield "test" if place in in_test else "train", str(label), shifted(grey, photos, rng)
