@@ -44,49 +44,6 @@ class Backbone:
     alphas: Mapping[float, tuple[str, str | None]] = field(default_factory=dict)
 
 
-BACKBONES = {
-    "resnet50": Backbone(
-        help="ResNet50, 107 layers with head",
-        candidates=107,
-        preprocessing="caffe",
-        constructor="ResNet50",
-        imagenet=Imagenet(
-            url=_KERAS_FILES + "resnet/resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5",
-            checksum="4d473c1dd8becc155b73f8504c6f6626",
-        ),
-    ),
-    "vgg16": Backbone(
-        help="VGG16, 14 layers with head",
-        candidates=14,
-        preprocessing="caffe",
-        constructor="VGG16",
-        imagenet=Imagenet(
-            url=_KERAS_FILES + "vgg16/vgg16_weights_tf_dim_ordering_tf_kernels_notop.h5",
-            checksum="6d6bbae143d832006294945121d1f1fc",
-        ),
-    ),
-    "mobilenetv2": Backbone(
-        help="MobileNetV2 1.00, 105 layers with head",
-        candidates=105,
-        preprocessing="symmetric",
-        constructor="MobileNetV2",
-        imagenet=Imagenet(
-            url=_KERAS_FILES + "mobilenet_v2/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_{alpha}_{size}_no_top.h5",
-            sizes=(96, 128, 160, 192, 224),
-        ),
-        alphas={alpha: (str(alpha), None) for alpha in (0.35, 0.5, 0.75, 1.0, 1.3, 1.4)},
-    ),
-    "vit": Backbone(
-        help="ViT-B/16, 99 layers with head; input sizes are multiples of 16",
-        candidates=99,
-        preprocessing="symmetric",
-        min_size=16,
-        size_multiple=16,
-        imagenet=Imagenet(url="https://www.kaggle.com", preset="vit_base_patch16_224_imagenet"),
-    ),
-}
-
-
 def _family(url: str, preprocessing: str, members: dict, **settings) -> dict[str, Backbone]:
     """Returns the rows of constructors that differ in size only.
 
@@ -111,6 +68,33 @@ def _family(url: str, preprocessing: str, members: dict, **settings) -> dict[str
 
 
 _KERNELS = "{file}_weights_tf_dim_ordering_tf_kernels_notop.h5"
+
+BACKBONES = {
+    **_family(
+        "resnet/" + _KERNELS, "caffe", members={"ResNet50": (107, "resnet50", "4d473c1dd8becc155b73f8504c6f6626")}
+    ),
+    **_family("vgg16/" + _KERNELS, "caffe", members={"VGG16": (14, "vgg16", "6d6bbae143d832006294945121d1f1fc")}),
+    "mobilenetv2": Backbone(
+        help="MobileNetV2 1.00, 105 layers with head",
+        candidates=105,
+        preprocessing="symmetric",
+        constructor="MobileNetV2",
+        imagenet=Imagenet(
+            url=_KERAS_FILES + "mobilenet_v2/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_{alpha}_{size}_no_top.h5",
+            sizes=(96, 128, 160, 192, 224),
+        ),
+        alphas={alpha: (str(alpha), None) for alpha in (0.35, 0.5, 0.75, 1.0, 1.3, 1.4)},
+    ),
+    "vit": Backbone(
+        help="ViT-B/16, 99 layers with head; input sizes are multiples of 16",
+        candidates=99,
+        preprocessing="symmetric",
+        min_size=16,
+        size_multiple=16,
+        imagenet=Imagenet(url="https://www.kaggle.com", preset="vit_base_patch16_224_imagenet"),
+    ),
+}
+
 
 APPLICATIONS = {
     **_family(
