@@ -141,7 +141,6 @@ def load(cfg: Config, is_new: bool):
         network: models.Network.
     """
     import data
-    import export
     import models
     from memory import budget
     from training import features
@@ -160,6 +159,8 @@ def load(cfg: Config, is_new: bool):
         network = models.load_weights(network, cfg)
     caching.check(cfg, network.bn_stats)
     if cfg.save_litert:
+        import export
+
         export.check(network, cfg)
     if is_new and cfg.memory_budget_mb is not None:
         head = [weight.path for weight in network.head.weights]

@@ -93,9 +93,8 @@ def make(network: Network, trained_weights: Collection[str], cfg: Config, frozen
         with gradients.overridden(tf.compat.v1.get_default_graph()):
             logits = logits_of(images, values)
             loss = _cross_entropy(logits, labels)
-        grads = [
-            tf.convert_to_tensor(grad) for grad in tf.gradients(loss, list(values.values()))
-        ]  # of a lookup: sparse
+        # The gradient of a lookup is sparse until it is converted.
+        grads = [tf.convert_to_tensor(grad) for grad in tf.gradients(loss, list(values.values()))]
         if cfg.global_clipnorm:
             grads = _clipped(grads, cfg.global_clipnorm)
         for (name, value), grad in zip(values.items(), grads):

@@ -5,6 +5,7 @@ What only the loaded model shows, such as its output, `own_model.py` checks.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import zipfile
@@ -35,6 +36,13 @@ def check(path: str) -> int | None:
             inputs, a fixed batch size, channels other than three, or images that are not
             square.
     """
+    # The checks of flags and of the network come to the same file: it is read once, unless it changes.
+    file = os.stat(os.path.expanduser(path)) if os.path.isfile(os.path.expanduser(path)) else None
+    return _check(path, file and (file.st_ino, file.st_size, file.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=1)
+def _check(path, identity):
     config = _read_config(path)
     lambdas = sorted(set(_lambda_names(config)))
     if lambdas:

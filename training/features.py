@@ -122,14 +122,20 @@ def choose(network, data, cfg: Config) -> tuple[str, str]:
         where: str. `"off"`, `"memory"` or `"disk"`.
         message: str. One line for the log.
     """
+    where, message, _ = _decide(network, data, cfg)
+    return where, message
+
+
+def _decide(network, data, cfg):
+    """Returns (where, message) as `choose` does, and the cut, which is None if nothing is cached."""
     if cfg.cache_features == "off":
-        return "off", "Features are not cached (--cache_features off)."
+        return "off", "Features are not cached (--cache_features off).", None
     is_auto = cfg.cache_features == "auto"
     if is_auto and (obstacle := obstacle_to_caching(cfg, network.bn_stats)):
-        return "off", f"Features are not cached: {obstacle}."
+        return "off", f"Features are not cached: {obstacle}.", None
     cut = find_cut(network.model)
     if cut is None or cut.saved < MIN_PREFIX:
-        return "off", "Features are not cached: the first layers train, so there is nothing to cache."
+        return "off", "Features are not cached: the first layers train, so there is nothing to cache.", None
     num_bytes = total_bytes(cut, data, cfg)
     saved = (1 - cut.step_share) * (1 - (cfg.cached_views or 1) / cfg.num_epochs)
     size = f"{num_bytes / GB:.2f} GB behind {cut.name}"
@@ -137,16 +143,18 @@ def choose(network, data, cfg: Config) -> tuple[str, str]:
     if is_auto:
         where = "memory" if num_bytes <= MEMORY_SHARE * machine_memory_bytes() else "disk"
         if saved < MIN_SAVED:
-            return "off", f"Features are not cached: {size} would save only {100 * saved:.0f} % of the operations."
+            saving = f"{size} would save only {100 * saved:.0f} % of the operations"
+            return "off", f"Features are not cached: {saving}.", None
         if where == "disk" and num_bytes > cfg.cache_limit_gb * GB:
             limits = f"a quarter of the memory and --cache_limit_gb {cfg.cache_limit_gb:g}"
-            return "off", f"Features are not cached: {size} exceeds {limits}."
+            return "off", f"Features are not cached: {size} exceeds {limits}.", None
     views = f", {cfg.cached_views} views of each image" if cfg.cached_views else ""
     place = "in memory" if where == "memory" else "on disk"
-    return where, (
+    message = (
         f"Features are cached {place}: {size}{views}. A step on them takes {100 * cut.step_share:.0f} % of the "
         f"operations of an uncached step, {100 * cut.full_step_share:.0f} % of those of full training."
     )
+    return where, message, cut
 
 
 def peak_bytes(network, data, cfg: Config, trained_weights: Collection[str], batch_size: int | None = None) -> int:
@@ -164,9 +172,9 @@ def peak_bytes(network, data, cfg: Config, trained_weights: Collection[str], bat
     """
     batch_size = batch_size or data.batch_size
     freeze(network.model, trained_weights)
-    if choose(network, data, cfg)[0] == "off":
+    _, _, cut = _decide(network, data, cfg)
+    if cut is None:
         return budget.step_bytes(network.model, cfg, batch_size)
-    cut = find_cut(network.model)
     return max(
         estimate.of_inference(cut.prefix, estimate.batch_shape(cut.prefix, batch_size)).bytes
         + cut.outside_bytes(cut.prefix),
