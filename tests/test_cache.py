@@ -229,13 +229,13 @@ def test_cached_run_resumed_within_an_epoch_ends_the_same(where, run, tmp_path, 
 
 
 def test_prefix_that_changes_ends_the_run(run, tmp_path, monkeypatch, capsys):
-    def change(self, *args):
+    def change():
         stem = next(weight for weight in networks[0].model.weights if weight.path == "stem/kernel")
         stem.assign(stem + 1)
 
     networks, load = [], features.load
     monkeypatch.setattr(features, "load", lambda network, *args: networks.append(network) or load(network, *args))
-    at(callbacks.Checkpointer, "on_train_batch_end", 3, lambda: change(None), monkeypatch)
+    at(callbacks.Checkpointer, "on_train_batch_end", 3, change, monkeypatch)
     assert run("moved", "--augment", "False", "--cache_features", "memory") == 1
     assert "must not change frozen weights. Received: changes in ['stem/kernel']" in capsys.readouterr().err
 
