@@ -84,14 +84,11 @@ def _add_network(group):
         "--weights",
         default=Config.weights,
         metavar="{auto,imagenet,none,PATH}",
-        help="auto: ImageNet weights, or random ones with a warning if these are unavailable;\n"
+        help="auto: ImageNet weights, or random ones with a warning if these are unavailable; PATH.keras: its own;\n"
         "imagenet: ImageNet weights, or an error; none: random; PATH: a .keras, .weights.h5 or .h5 file\n" + _DEFAULT,
     )
-    group.add_argument(
-        "--input_size",
-        type=_integer(1),
-        help=f"side of the square input in pixels\n(default: {_by_data('input_size')})",
-    )
+    sizes = f"{_by_data('input_size')}; at least the network's minimum; PATH.keras: the size that it fixes"
+    group.add_argument("--input_size", type=_integer(1), help=f"side of the square input in pixels\n(default: {sizes})")
     group.add_argument(
         "--bn_stats",
         choices=("auto", "stored", "batch"),
@@ -266,7 +263,9 @@ def _add_cache(group):
         default=Config.cache_dtype,
         help="float16: half the size, features rounded to 11 bits\n" + _DEFAULT,
     )
-    group.add_argument("--cache_dir", help="folder of features on disk (default: ~/.cache/adabet/features)")
+    group.add_argument(
+        "--cache_dir", help="folder of features on disk (default: adabet/features in XDG_CACHE_HOME or ~/.cache)"
+    )
     group.add_argument(
         "--cache_limit_gb",
         type=_real(0, math.inf, open_low=True, open_high=True),
