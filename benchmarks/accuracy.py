@@ -9,10 +9,12 @@ For each task, a search first gives each scheme its learning rate, on validation
 and with seeds of its own, and writes them to LOG_DIR/TASK/learning_rates.json. Then each
 scheme trains with the rate in that file, at each rho and seed. All runs are a sweep's
 (scripts/sweep.py): finished runs are not repeated, and the same command continues.
+`--seeds` and `--schemes` make a part; the same command without them adds the rest.
 
 The runs do not augment, so that frozen layers are computed once (docs/caching.md).
 Elastic schemes count their times in FLOPs, which does not depend on the machine's load.
-On a CPU the search runs two processes at a time, since its times are not reported.
+On a CPU two runs share the machine, except those whose times are reported: the first
+seed's of the tasks on digits.
 """
 
 import argparse
@@ -39,6 +41,7 @@ from core.files import write_whole
 from selection import SCHEMES
 
 MODEL, INPUT_SIZE = "mobilenetv2", 96
+RATES_FILE = "learning_rates.json"
 SEARCH_RHO = "0.1"  # of the search; the elastic schemes keep their default
 OTHERS = ("weight_norm_betti_train", "fisher_channels", "rgn", "spectrum")
 EVERY = tuple(name for name in SCHEMES if name != "listed_layers")
@@ -46,9 +49,10 @@ QUICK = (
     "act_norm_betti_train", "betti_train", "full_training", "traditional_tl_training", "fisher", "elastic_training",
     "random_layers", "last_layers", "smallest_activations",
 )  # fmt: skip
+MAIN = (*QUICK, "bn_plus_bias_training")
 # Measured on 2 CPU cores with AVX2: MobileNetV2 at 96 px, batch 32; mean over the schemes.
-START_S, STEP_S, ELASTIC_SELECTION_S = 20, 0.13, 22
-SEARCH_SHARE = 0.7  # of the time of a run, with two at a time
+START_S, STEP_S, ELASTIC_SELECTION_S = 35, 0.1, 22
+PAIR_SHARE = 0.65  # of the time of a run, with two at a time
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,10 @@ class Task:
         limited: bool. Whether the data set has more of them.
         num_epochs: int.
         maker: str or None. The script that makes the image folder; None for digits.
+        timed: bool. Whether the first seed's runs have the machine to themselves.
         seeds: tuple of int, of the reported runs.
         search_seeds: tuple of int, of the search for learning rates.
-        rates: tuple of str. The grid of the search.
+        rates: tuple of str. The grid of the search, ascending.
         rhos: tuple of str.
         other_rhos: tuple of str, for the schemes of OTHERS.
         elastic_rhos: tuple of str, for elastic_training: shares of time, over about 1/3.
@@ -74,8 +79,9 @@ class Task:
     limited: bool = True
     num_epochs: int = 20
     maker: str | None = None
+    timed: bool = False
     seeds: tuple = (0, 1, 2)
-    search_seeds: tuple = (100, 101)
+    search_seeds: tuple = (100,)
     rates: tuple = ("3e-3", "1e-2", "3e-2", "1e-1")
     rhos: tuple = ("0.05", "0.1", "0.2", "0.4")
     other_rhos: tuple = ("0.1",)
@@ -85,13 +91,13 @@ class Task:
 
 
 TASKS = {
-    "digits": Task(300, seeds=(0, 1, 2, 3, 4), other_rhos=("0.1", "0.2")),
-    "digits_all": Task(1437, limited=False, num_epochs=8, search_seeds=(100,)),
-    "shifted_digits": Task(300, maker="make_shifted_digits", rhos=("0.1", "0.2")),
-    "photo_cells": Task(300, maker="make_photo_cells", rhos=("0.1", "0.2")),
+    "digits": Task(300, timed=True, seeds=(0, 1, 2, 3, 4), other_rhos=("0.1", "0.2")),
+    "digits_all": Task(1437, limited=False, timed=True, num_epochs=8),
+    "shifted_digits": Task(300, maker="make_shifted_digits", rhos=("0.1", "0.2"), schemes=MAIN),
+    "photo_cells": Task(300, maker="make_photo_cells", rhos=("0.1", "0.2"), schemes=MAIN),
 }
 SMALL = {
-    "images": 150, "limited": True, "num_epochs": 8, "seeds": (0, 1), "search_seeds": (100,),
+    "images": 150, "limited": True, "num_epochs": 8, "seeds": (0, 1),
     "rates": ("1e-2", "3e-2"), "rhos": ("0.1", "0.2"), "elastic_rhos": ("0.533",), "selections": 1,
     "schemes": QUICK,
 }  # fmt: skip
@@ -107,45 +113,74 @@ def main(argv=None):
         "--task", nargs="+", choices=TASKS, default=["digits", "digits_all"], help="(default: digits digits_all)"
     )
     parser.add_argument("--quick", action="store_true", help="fewer images, epochs, schemes, rhos and seeds")
-    parser.add_argument("--only_rates", action="store_true", help="stop after the search for learning rates")
+    parser.add_argument("--seeds", type=int, metavar="N", help="only the first N seeds of each task")
+    parser.add_argument("--schemes", nargs="+", choices=EVERY, metavar="NAME", help="only these of each task's schemes")
     parser.add_argument("--log_dir", type=Path, help="(default: logs/accuracy, or logs/accuracy_quick)")
     args = parser.parse_args(argv)
     log_dir = args.log_dir or Path("logs/accuracy_quick" if args.quick else "logs/accuracy")
-    tasks = {name: replace(TASKS[name], **SMALL) if args.quick else TASKS[name] for name in args.task}
+    tasks = {name: part(replace(TASKS[name], **SMALL) if args.quick else TASKS[name], args) for name in args.task}
     try:
         print(estimate(tasks, log_dir, args.weights), flush=True)
-        return max([measure(task, log_dir / name, args) for name, task in tasks.items()])
+        return max([measure(task, log_dir / name, args.weights) for name, task in tasks.items()])
     except (RunError, UsageError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 
-def measure(task, folder, args):
-    """Searches the learning rates of a task unless their file exists, runs the task, and returns the exit code."""
+def part(task, args):
+    """Returns the part of a task that `--seeds` and `--schemes` ask for."""
+    schemes = tuple(scheme for scheme in task.schemes if scheme in (args.schemes or EVERY))
+    return replace(task, seeds=task.seeds[: args.seeds], schemes=schemes)
+
+
+def measure(task, folder, weights):
+    """Searches the learning rates that are not known yet, runs the task, and returns the exit code."""
     if task.maker and not (folder / "images").exists():
         folder.mkdir(parents=True, exist_ok=True)
         image_folders.write(importlib.import_module(task.maker).images(seed=0), folder / "images")
-    rates_file = folder / "learning_rates.json"
-    if not rates_file.exists():
-        searches = search_sweeps(task, folder, args.weights)
-        run_sweeps(searches)
-        rates = choose_rates([run for search in searches for run in planned(search)])
-        write_whole(rates_file, json.dumps(rates, indent=2) + "\n")
-    if args.only_rates:
-        print(rates_file.read_text(), end="")
-        return 0
-    return run_sweeps(reported_sweeps(task, folder, args.weights, json.loads(rates_file.read_text())))
+    rates = known_rates(folder)
+    if unknown := [scheme for scheme in task.schemes if scheme not in rates]:
+        rates |= search(replace(task, schemes=unknown), folder, weights)
+        write_whole(folder / RATES_FILE, json.dumps(rates, indent=2) + "\n")
+    return run_sweeps(reported_sweeps(task, folder, weights, rates))
 
 
-def search_sweeps(task, folder, weights):
-    """Returns the sweeps of a task's search for learning rates, each a list of arguments."""
+def known_rates(folder):
+    """Returns the content of a task's learning_rates.json, or {}."""
+    file = folder / RATES_FILE
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def search(task, folder, weights):
+    """Returns a learning rate for each scheme of a task, as `choose_rates` does.
+
+    Starts in the middle of the grid, and tries the neighbours of the best rate until it
+    is better than both or at the grid's end.
+    """
+    middle = len(task.rates) // 2
+    tried = {scheme: set(task.rates[middle - 1 : middle + 1]) for scheme in task.schemes}
+    while True:
+        sweeps = search_sweeps(task, folder, weights, tried)
+        run_sweeps(sweeps)
+        chosen = choose_rates([run for argv in sweeps for run in planned(argv)])
+        wider = {}
+        for scheme, rates in tried.items():
+            best = [float(rate) for rate in task.rates].index(chosen[scheme]["learning_rate"])
+            wider[scheme] = rates | set(task.rates[max(best - 1, 0) : best + 2])
+        if wider == tried:
+            return chosen
+        tried = wider
+
+
+def search_sweeps(task, folder, weights, rates):
+    """Returns the sweeps of a search, each a list of arguments, given the rates to try by scheme."""
     return [
         # One rho for each scheme, and no test split worth mentioning: the test plays no role here.
-        [*arguments(task, folder, weights), "--log_dir", str(folder / "search"), "--seeds", str(seed),
-         "--train_types", ",".join(task.schemes), "--rhos", SEARCH_RHO, "--learning_rate", rate,
-         "--limit_test", "20", "--jobs", "1" if visible_gpus() else "2"]
-        for seed in task.search_seeds
+        [*arguments(task, folder, weights), "--log_dir", str(folder / "search"),
+         "--seeds", ",".join(map(str, task.search_seeds)), "--train_types", ",".join(schemes), "--rhos", SEARCH_RHO,
+         "--learning_rate", rate, "--limit_test", "20", *jobs(2)]
         for rate in task.rates
+        if (schemes := [scheme for scheme in task.schemes if rate in rates[scheme]])
     ]  # fmt: skip
 
 
@@ -163,12 +198,20 @@ def reported_sweeps(task, folder, weights, rates):
     by_rate = {}
     for scheme in task.schemes:
         by_rate.setdefault(rates[scheme]["learning_rate"], []).append(scheme)
+    first, others = task.seeds[:1], task.seeds[1:]
     return [
-        [*arguments(task, folder, weights), "--log_dir", str(folder / "runs"), "--seeds", str(seed),
-         "--train_types", ",".join(schemes), "--rhos", ",".join(rhos), "--learning_rate", f"{rate:g}"]
-        for seed in task.seeds
+        [*arguments(task, folder, weights), "--log_dir", str(folder / "runs"), "--seeds", ",".join(map(str, seeds)),
+         "--train_types", ",".join(schemes), "--rhos", ",".join(rhos), "--learning_rate", f"{rate:g}",
+         *jobs(1 if task.timed and seeds == first else 2)]
+        for seeds in (first, others)
         for rate, schemes in sorted(by_rate.items())
+        if seeds
     ]  # fmt: skip
+
+
+def jobs(count):
+    """Returns the argument for `count` runs at a time on a CPU, and one on a GPU, whose share is not ours to choose."""
+    return ["--jobs", str(1 if visible_gpus() else count)]
 
 
 def arguments(task, folder, weights):
@@ -204,16 +247,15 @@ def run_sweeps(sweeps):
 def choose_rates(runs):
     """Chooses each scheme's learning rate by the validation images of finished runs.
 
-    The highest mean validation accuracy wins, and of equal ones the lowest mean
-    validation loss, both at the epoch that each run chose. Rates with a diverged run are
-    out.
+    The lowest mean validation loss wins, at the epoch that each run chose: with thirty
+    images an accuracy has steps of three points. Rates with a diverged run are out.
 
     Args:
         runs: list of sweeping.plan.Run.
 
     Returns:
-        dict from scheme to a dict of learning_rate, seeds, and val_accuracy: a dict from
-        rate to mean validation accuracy in percent, or None for a rate that is out.
+        dict from scheme to a dict of learning_rate, seeds, and val_loss: a dict from
+        rate to mean validation loss, or None for a rate that is out.
 
     Raises:
         RunError: if a run neither finished nor diverged, or all rates of a scheme diverged.
@@ -225,27 +267,24 @@ def choose_rates(runs):
         if record is None or record.status not in ("done", "diverged"):
             raise RunError(f"the search for learning rates needs all its runs. Missing: {run.name}; start it again.")
         by_rate = scores.setdefault(run.cfg.train_type, {})
-        by_rate.setdefault(run.cfg.learning_rate, []).append(validation(record))
+        by_rate.setdefault(run.cfg.learning_rate, []).append(validation_loss(record))
     seeds = sorted({run.cfg.seed for run in runs})
     chosen = {}
     for scheme, by_rate in scores.items():
-        means = {
-            rate: tuple(map(statistics.fmean, zip(*values))) for rate, values in by_rate.items() if None not in values
-        }
+        means = {rate: statistics.fmean(losses) for rate, losses in by_rate.items() if None not in losses}
         if not means:
             raise RunError(f"{scheme} diverged at every learning rate of the search.")
-        best = max(means, key=lambda rate: (round(means[rate][0], 6), -means[rate][1]))
-        accuracies = {f"{rate:g}": means[rate][0] if rate in means else None for rate in by_rate}
-        chosen[scheme] = {"learning_rate": best, "seeds": seeds, "val_accuracy": accuracies}
+        losses = {f"{rate:g}": means.get(rate) for rate in sorted(by_rate)}
+        chosen[scheme] = {"learning_rate": min(means, key=means.get), "seeds": seeds, "val_loss": losses}
     return chosen
 
 
-def validation(record):
-    """Returns (validation accuracy in percent, validation loss) of a run's chosen epoch, or None if it diverged."""
+def validation_loss(record):
+    """Returns the validation loss of a run's chosen epoch, or None if it diverged."""
     if record.status == "diverged":
         return None
     losses = {int(row["epoch"]): row["val_loss"] for row in record.metrics()}
-    return record.summary["val_accuracy"], losses[record.summary["best_epoch"]]
+    return losses[record.summary["best_epoch"]]
 
 
 def estimate(tasks, log_dir, weights):
@@ -253,18 +292,19 @@ def estimate(tasks, log_dir, weights):
     lines, seconds = [], 0.0
     for name, task in tasks.items():
         folder = log_dir / name
-        same_rate = {scheme: {"learning_rate": 0.01} for scheme in task.schemes}
-        file = folder / "learning_rates.json"
-        rates = json.loads(file.read_text()) if file.exists() else same_rate
-        searches = [] if file.exists() else search_sweeps(task, folder, weights)
-        reported = reported_sweeps(task, folder, weights, rates)
+        rates = known_rates(folder)
+        unknown = replace(task, schemes=[scheme for scheme in task.schemes if scheme not in rates])
+        # A search takes three rates of four, and any rate of the reported runs will do.
+        searches = search_sweeps(unknown, folder, weights, dict.fromkeys(unknown.schemes, task.rates[:3]))
+        any_rate = {scheme: {"learning_rate": 0.01} for scheme in unknown.schemes}
+        reported = reported_sweeps(task, folder, weights, any_rate | rates)
         records = [record for part in ("search", "runs") for record in finished_records(folder / part)]
-        steps = task.num_epochs * math.floor(0.9 * task.images / Config.batch_size)
+        each = START_S + STEP_S * task.num_epochs * math.floor(0.9 * task.images / Config.batch_size)
         count = 0
-        for sweeps, share in ((searches, SEARCH_SHARE), (reported, 1)):
-            todo = [run for argv in sweeps for run in planned(argv) if not is_finished(run.cfg, records)]
+        for argv in [*searches, *reported]:
+            todo = [run for run in planned(argv) if not is_finished(run.cfg, records)]
             elastic = sum("timing" in SCHEMES[run.cfg.train_type].reads for run in todo)
-            each = START_S + STEP_S * steps
+            share = 1 if argv[-2:] == jobs(1) else PAIR_SHARE
             seconds += share * (len(todo) * each + elastic * task.selections * ELASTIC_SELECTION_S)
             count += len(todo)
         lines.append(f"{name} {count}")
