@@ -135,9 +135,10 @@ def part(task, args):
 
 def measure(task, folder, weights):
     """Searches the learning rates that are not known yet, runs the task, and returns the exit code."""
+    folder.mkdir(parents=True, exist_ok=True)
     if task.maker and not (folder / "images").exists():
-        folder.mkdir(parents=True, exist_ok=True)
         image_folders.write(importlib.import_module(task.maker).images(seed=0), folder / "images")
+    write_whole(folder / "task.json", json.dumps({"timed_seed": task.seeds[0] if task.timed else None}) + "\n")
     rates = known_rates(folder)
     if unknown := [scheme for scheme in task.schemes if scheme not in rates]:
         rates |= search(replace(task, schemes=unknown), folder, weights)

@@ -3,7 +3,7 @@
     python scripts/results.py logs/accuracy                         docs/results.md, .csv and pictures
     python scripts/results.py logs/accuracy_quick --out /tmp/docs
 
-Each task is a folder LOG_DIR/TASK with `search/`, `runs/` and learning_rates.json.
+Each task is a folder LOG_DIR/TASK with `search/`, `runs/`, learning_rates.json and task.json.
 results.csv lists every run folder with the fingerprint of its config.json. The first
 sentence of results.md follows from the figures, by the rule that stands below it.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 import matplotlib
 import plot
 import runs as run_folders
-from results_page import ACCURACY, ADABET, B1_ONLY, MEMORY, OPPONENTS, date, report
+from results_page import ACCURACY, ADABET, B1_ONLY, MEMORY, OPPONENTS, TIMES, date, report
 from table import Cell
 
 from core.errors import UsageError
@@ -42,12 +42,14 @@ class Task:
         runs: list of runs.Run. Those whose results are reported.
         search: list of runs.Run. Those of the search for learning rates.
         rates: dict. The content of learning_rates.json.
+        timed_seed: int or None. The seed whose runs had the machine to themselves.
     """
 
     name: str
     runs: list
     search: list
     rates: dict
+    timed_seed: int | None
 
     @cached_property
     def cells(self):
@@ -67,8 +69,9 @@ class Task:
         }
 
     def mean(self, place, metric):
-        """Returns the mean over seeds of the cell (scheme, rho)."""
-        return Cell(list(self.cells[place].values()), "").mean(metric)
+        """Returns the mean over seeds of the cell (scheme, rho), or the timed seed's figure; None without one."""
+        runs = [run for seed, run in self.cells[place].items() if metric not in TIMES or seed == self.timed_seed]
+        return Cell(runs, "").mean(metric)
 
 
 def main(argv=None):
@@ -103,7 +106,8 @@ def read(log_dir):
         if not (folder / "runs").is_dir():
             continue
         runs, search = run_folders.read([folder / "runs"])[0], run_folders.read([folder / "search"])[0]
-        task = Task(folder.name, runs, search, json.loads((folder / "learning_rates.json").read_text()))
+        rates, facts = (json.loads((folder / name).read_text()) for name in ("learning_rates.json", "task.json"))
+        task = Task(folder.name, runs, search, rates, facts["timed_seed"])
         unlike = run_folders.varying(runs, ignored=run_folders.BY_SCHEME)
         twice = [key for key, count in Counter((*run.scheme, run.seed) for run in runs).items() if count > 1]
         if unlike or twice:

@@ -12,7 +12,7 @@ ADABET, SIZE_ONLY, B1_ONLY, HEAD = Config.train_type, "smallest_activations", "b
 OPPONENTS = ("random_layers", "last_layers", SIZE_ONLY, "fisher", "elastic_training")
 RHO = 0.1  # where one rho stands for all
 COLUMNS = (*METRICS, Metric("Trained weights (thousands)", "num_trained_weights", 1e3, 1, "trained_weights"))
-ACCURACY, MEMORY = METRICS[:2]
+ACCURACY, MEMORY, *TIMES = METRICS
 
 
 def report(tasks):
@@ -154,7 +154,12 @@ def page_of(task, compared):
         f"{sum(config['split_sizes'][name] or 0 for name in ('train', 'validation'))} training images, "
         f"{config['split_sizes']['test']} test images, {config['num_epochs']} epochs; seeds "
         f"{', '.join(map(str, seeds))}; {config['device']}, {config['cpu_count']} cores; {dates}. "
-        + (f"Not finished: {', '.join(f'{n} {status}' for status, n in undone.items())}." if undone else ""),
+        + (f"Not finished: {', '.join(f'{n} {status}' for status, n in undone.items())}. " if undone else "")
+        + (
+            "Times are not reported: two runs shared the machine."
+            if task.timed_seed is None
+            else f"Times are those of seed {task.timed_seed}, whose runs had the machine to themselves."
+        ),
         "",
         f"![accuracy over memory and over rho](results/{task.name}.svg)",
         "",
@@ -252,15 +257,16 @@ def stability(task):
 
 def rates_table(task):
     """Returns the validation accuracies of the search for learning rates."""
-    grid = list(dict.fromkeys(rate for row in task.rates.values() for rate in row["val_accuracy"]))
+    grid = sorted({rate for row in task.rates.values() for rate in row["val_loss"]}, key=float)
     seeds = ", ".join(str(seed) for seed in next(iter(task.rates.values()))["seeds"])
     rows = [
-        [scheme, *(number(row["val_accuracy"].get(rate), 1) for rate in grid), f"{row['learning_rate']:g}"]
+        [scheme, *(number(row["val_loss"].get(rate), 3) for rate in grid), f"{row['learning_rate']:g}"]
         for scheme, row in task.rates.items()
     ]
     return [
-        f"Validation accuracy (%), mean over seeds {seeds}, at rho {RHO:g} or the elastic schemes' default; of equal "
-        "accuracies the lower validation loss decides. The test split plays no role.",
+        f"Validation loss, mean over seeds {seeds}, at rho {RHO:g} or the elastic schemes' default; the lowest is "
+        "chosen. A rate without a figure diverged, or was not tried, since a better one lay between. The test split "
+        "plays no role.",
         "",
         *markdown(["scheme", *grid, "chosen"], rows),
     ]

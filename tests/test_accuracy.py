@@ -35,7 +35,7 @@ def make_run(folder, cfg, test=50.0, val=50.0, val_loss=1.0, status="done", memo
         "split_sizes": {"train": 270, "validation": 30, "test": 360}, "weights_provenance": {"source": "file", "sha256": "abc"},
     }  # fmt: skip
     summary = {
-        "status": status, "accuracy": test, "val_accuracy": val, "best_epoch": 2, "epoch_s": 1.0, "selection_s": 0.5,
+        "status": status, "accuracy": test, "val_accuracy": val, "best_epoch": 2, "epoch_s": 1.0 + cfg.seed, "selection_s": 0.5,
         "peak_memory_bytes_measured": memory_mb * 1e6, "num_trained_weights": 1000,
     }  # fmt: skip
     ranks = ranks or [None] * len(LAYERS)
@@ -76,7 +76,7 @@ def same_rate(task, rate=0.01):
 @pytest.mark.parametrize("name", TASKS)
 def test_search_has_seeds_of_its_own_and_hardly_any_test_image(name):
     task = TASKS[name]
-    search = planned(accuracy.search_sweeps(task, Path("task"), WEIGHTS))
+    search = planned(accuracy.search_sweeps(task, Path("task"), WEIGHTS, dict.fromkeys(task.schemes, task.rates)))
     reported = planned(accuracy.reported_sweeps(task, Path("task"), WEIGHTS, same_rate(task)))
     assert {cfg.seed for cfg in search} == set(task.search_seeds)
     assert {cfg.seed for cfg in reported} == set(task.seeds)
@@ -89,12 +89,43 @@ def test_search_has_seeds_of_its_own_and_hardly_any_test_image(name):
         assert cfg.limit_train == (task.images if task.limited else None)
 
 
-def test_search_crosses_every_scheme_with_the_grid():
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [(0.003, [0.003, 0.01, 0.03]), (0.01, [0.003, 0.01, 0.03]), (0.03, [0.01, 0.03, 0.1]), (0.1, [0.01, 0.03, 0.1])],
+)
+def test_search_tries_rates_until_the_best_has_worse_neighbours(tmp_path, monkeypatch, best, tried):
+    def train(argv):
+        for run in accuracy.planned(argv):
+            if not run.folder.exists():
+                make_run(run.folder, run.cfg, val_loss=abs(np.log(run.cfg.learning_rate / best)))
+        return 0
+
+    monkeypatch.setattr(sweep, "main", train)
+    task = replace(TASKS["digits"], search_seeds=(100, 101))
+    found = accuracy.search(task, tmp_path / "task", WEIGHTS)
+    assert found.keys() == SCHEMES.keys() - {"listed_layers"}
+    for row in found.values():
+        assert row["learning_rate"] == best
+        assert list(map(float, row["val_loss"])) == tried
+
+
+def test_known_schemes_are_not_searched_again(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(accuracy, "search", lambda task, *others: started.append(task.schemes) or same_rate(task))
+    monkeypatch.setattr(sweep, "main", lambda argv: 0)
+    command = ["--weights", str(WEIGHTS), "--task", "digits", "--log_dir", "logs", "--schemes", "fisher"]
+    for more in ([], ["rgn"], ["rgn", "full_training"]):
+        assert accuracy.main([*command, *more]) == 0
+    assert started == [["fisher"], ["rgn"], ["full_training"]]
+    assert json.loads(Path("logs/digits/learning_rates.json").read_text()).keys() == {"fisher", "rgn", "full_training"}
+    assert json.loads(Path("logs/digits/task.json").read_text()) == {"timed_seed": 0}
+
+
+def test_only_timed_runs_have_the_machine_to_themselves():
     task = TASKS["digits"]
-    search = planned(accuracy.search_sweeps(task, Path("task"), WEIGHTS))
-    found = Counter((cfg.train_type, cfg.learning_rate) for cfg in search)
-    grid = itertools.product(SCHEMES.keys() - {"listed_layers"}, map(float, task.rates))
-    assert found == dict.fromkeys(grid, len(task.search_seeds))
+    for argv in accuracy.reported_sweeps(task, Path("task"), WEIGHTS, same_rate(task)):
+        seeds, jobs = (argv[argv.index(flag) + 1] for flag in ("--seeds", "--jobs"))
+        assert (seeds, jobs) in [("0", "1"), ("1,2,3,4", "2")]
 
 
 def test_each_scheme_trains_with_its_rate_at_its_rhos():
@@ -126,21 +157,15 @@ def searched(folder, figures):
 
 def test_rate_is_chosen_by_validation_and_not_by_test(tmp_path):
     runs = searched(tmp_path / "search", {
-        ("0.01", 100): {"val": 60.0, "test": 99.0}, ("0.01", 101): {"val": 70.0, "test": 99.0},
-        ("0.03", 100): {"val": 90.0, "test": 10.0}, ("0.03", 101): {"val": 50.0, "test": 10.0},
-        ("0.1", 100): {"val": 95.0}, ("0.1", 101): {"val": None, "status": "diverged"},
+        ("0.01", 100): {"val_loss": 0.5, "test": 99.0}, ("0.01", 101): {"val_loss": 0.7, "test": 99.0},
+        ("0.03", 100): {"val_loss": 0.25, "test": 10.0}, ("0.03", 101): {"val_loss": 0.75, "test": 10.0},
+        ("0.1", 100): {"val_loss": 0.1}, ("0.1", 101): {"status": "diverged"},
     })  # fmt: skip
     assert accuracy.choose_rates(runs) == {
         "act_norm_betti_train": {
-            "learning_rate": 0.03, "seeds": [100, 101], "val_accuracy": {"0.01": 65.0, "0.03": 70.0, "0.1": None},
+            "learning_rate": 0.03, "seeds": [100, 101], "val_loss": {"0.01": 0.6, "0.03": 0.5, "0.1": None},
         }
     }  # fmt: skip
-
-
-def test_of_equal_accuracies_the_lower_validation_loss_wins(tmp_path):
-    figures = {("0.01", 100): {"val_loss": 0.5}, ("0.03", 100): {"val_loss": 0.4}, ("0.1", 100): {"val_loss": 0.6}}
-    chosen = accuracy.choose_rates(searched(tmp_path / "search", figures))
-    assert chosen["act_norm_betti_train"]["learning_rate"] == 0.03
 
 
 @pytest.mark.parametrize("given", [None, {"status": "failed"}, {"status": "interrupted"}])
@@ -158,7 +183,7 @@ def test_written_rates_are_read_and_not_searched_again(tmp_path, monkeypatch):
     rates = same_rate(TASKS["digits_all"], 0.07)
     (folder / "learning_rates.json").write_text(json.dumps(rates))
     assert accuracy.main(["--weights", str(WEIGHTS), "--task", "digits_all", "--log_dir", "logs"]) == 0
-    assert len(started) == 3  # one for each seed, because all rates are equal
+    assert len(started) == 2  # the first seed, and the others; all rates are equal
     assert {argv[argv.index("--learning_rate") + 1] for argv in started} == {"0.07"}
     assert all(argv[argv.index("--log_dir") + 1].endswith("runs") for argv in started)
 
@@ -172,7 +197,8 @@ def test_missing_weights_are_refused_before_anything_runs(tmp_path, capsys):
 def test_estimate_leaves_out_finished_runs(tmp_path):
     task = TASKS["quick"]
     before = accuracy.estimate({"quick": task}, tmp_path, WEIGHTS)
-    first = accuracy.planned(accuracy.search_sweeps(task, tmp_path / "quick", WEIGHTS)[0])
+    rates = dict.fromkeys(task.schemes, task.rates)
+    first = accuracy.planned(accuracy.search_sweeps(task, tmp_path / "quick", WEIGHTS, rates)[0])
     for run in first:
         make_run(run.folder, run.cfg)
     after = accuracy.estimate({"quick": task}, tmp_path, WEIGHTS)
@@ -298,8 +324,9 @@ def make_task(root, adabet=80.0, others=70.0):
             figures = {"test": level + seed, "memory_mb": memory + 100 * (rho or 0)}
             make_run(root / "runs" / f"{scheme}_{rho}_{seed}", cfg, **figures, **made)
     make_run(root / "search" / "searched", Config(model_name="mobilenetv2", seed=100))
-    rates = {s: {"learning_rate": 0.01, "seeds": [100], "val_accuracy": {"0.01": 77.7, "0.1": None}} for s in schemes}
+    rates = {s: {"learning_rate": 0.01, "seeds": [100], "val_loss": {"0.01": 0.777, "0.1": None}} for s in schemes}
     (root / "learning_rates.json").write_text(json.dumps(rates))
+    (root / "task.json").write_text(json.dumps({"timed_seed": 0}))
 
 
 def page(tmp_path, out="docs"):
@@ -331,7 +358,7 @@ def test_page_has_the_figures_of_the_runs(tmp_path):
     assert "| random_layers | memory | +15.00 | +15.00 to +15.00 | 3 | ahead | 6 of 6 |" in text
     assert "b1 1.00 (1.00 to 1.00), small activation 1.00 (1.00 to 1.00)" in text
     assert "| act_norm_betti_train | 1.00 | 1.00 | 0.50 | 1.00 |" in text  # stability
-    assert "| fisher | 77.7 | - | 0.01 |" in text  # learning rates
+    assert "| fisher | 0.777 | - | 0.01 |" in text  # learning rates
     assert (tmp_path / "docs" / "results" / "digits.svg").stat().st_size < 200_000
 
 
