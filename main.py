@@ -9,8 +9,6 @@ the ranking, the metrics of each epoch, and a summary of accuracy, time and peak
 memory. docs/usage.md describes the other flags; README.md shows results.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import sys
@@ -21,6 +19,7 @@ from dataclasses import replace
 from core import environment, signals, strategy
 from core.config import Config
 from core.errors import RunError, UsageError
+from core.log import log
 from core.units import GB
 from models import models_table
 from run import evaluation, failures, report
@@ -30,8 +29,6 @@ from run.report import Progress
 from selection import SCHEMES, Selection
 from training import caching
 from training.result import Result
-
-log = logging.getLogger("adabet")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,7 +116,7 @@ def run(cfg: Config, early_log: logging.Handler) -> int:
         if not saved:
             choose_cache(run)
             checkpoint.save_selection(folder.path, run.selection, run.result)
-        train.fine_tune(network, run.selection, images, cfg, folder, run.result, saved)
+        train.fine_tune(run, saved)
         summary = finish(run)
     if run.result.status == "diverged":
         raise RunError(run.result.advice)
@@ -185,7 +182,7 @@ def begin(run: Progress) -> None:
     if run.cfg.warmup_epochs:
         run.selection = warm_up(run)
     else:
-        run.selection = train.select(lambda: select(run), run.network, run.cfg, run.images, run.result)
+        run.selection = train.select(run, lambda: select(run))
 
 
 def select(run: Progress) -> Selection:

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 import traceback
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 from core import environment  # noqa: F401  (before TensorFlow is imported)
 from core.config import Config
 from core.errors import RunError, UsageError
+from core.log import log
 from core.units import MB
 from memory.fresh_process import Figures, figures, measure_peak
 from memory.measure import Peak, measured_peak, measured_training_step, peak_rss_bytes
@@ -47,8 +47,6 @@ __all__ = [
     "Figures", "Peak", "estimate_training_peak", "figures", "main", "measure_peak", "measure_training_peak",
     "measured_peak", "measured_training_step", "parse", "peak_rss_bytes", "table",
 ]  # fmt: skip
-
-log = logging.getLogger("adabet")
 
 
 # The flags of main.py that the memory of a step depends on. The defaults that differ are

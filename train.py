@@ -5,11 +5,8 @@ here looks at a scheme's name. `fine_tune` reads from top to bottom: it trains t
 segments of the run (`training/segments.py`), restores the best epoch, and tests.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
-import logging
 import time
 from collections.abc import Callable, Iterator
 
@@ -17,6 +14,7 @@ import keras
 
 from core import signals, strategy
 from core.config import Config
+from core.log import log
 from core.units import MB
 from memory import budget, estimate
 from memory.measure import measured_peak, measured_training_step
@@ -25,43 +23,35 @@ from models.freezing import changing_variables, freeze
 from run import report
 from selection.ranking import Selection
 from training import features
-from training.callbacks import BestEpoch, Checkpointer, EpochClock, ProgressBar, StopEarly, StopWhenDiverged, restore
+from training.callbacks import BestEpoch, Checkpointer, EpochClock, ProgressBar, StopWhenDiverged, restore
 from training.checkpoint import Checkpoint
 from training.moved import check_what_moved, checksums
 from training.result import Result, largest_known
 from training.segments import Segment, plan_segments
 
-log = logging.getLogger("adabet")
 
-
-def fine_tune(
-    network, selection: Selection, data, cfg: Config, folder, result: Result, saved: Checkpoint | None = None
-) -> None:
+def fine_tune(run: report.Progress, saved: Checkpoint | None = None) -> None:
     """Trains the selected weights and measures the cost.
 
     Args:
-        network: models.Network.
-        selection: Selection, the first of the run.
-        data: data.pipeline.Data.
-        cfg: Config.
-        folder: run.folder.RunFolder. Receives metrics.csv, the events for
-            TensorBoard, checkpoints, and selection.json after a re-selection.
-        result: Result. Filled in while the training runs.
-        saved: Checkpoint or None. The point of resumption. `result` holds its record.
+        run: report.Progress with the first selection. Its folder receives metrics.csv, the events for
+            TensorBoard, checkpoints, and selection.json after a re-selection; its result is filled in.
+        saved: Checkpoint or None. The point of resumption. The result holds its record.
 
     Raises:
         RunError: if a frozen weight has changed.
     """
-    split = "validation" if cfg.protocol == "validation" else "test"
-    current, best = result.latest_selection(selection), BestEpoch(cfg.early_stopping, cfg.warmup_epochs)
+    cfg, network, data, result = run.cfg, run.network, run.images, run.result
+    split = features.held_out_split(cfg)
+    current, best = result.latest_selection(run.selection), BestEpoch(cfg.early_stopping, cfg.warmup_epochs)
     done = (saved.record["epoch"], saved.record["step"]) if saved else (0, 0)
     interval = (cfg.interval if current.reselect else None) or cfg.num_epochs
     optimizer = None
     for segment in plan_segments(cfg.num_epochs, interval, *done, cfg.warmup_epochs):
         if segment.selects:
-            current = reselect(current, segment.first, network, cfg, data, result)
-            for name, content in report.selection_files(cfg, selection, result.reselections).items():
-                folder.write_json(name, content)
+            current = reselect(run, current, segment.first)
+            for name, content in report.selection_files(cfg, run.selection, result.reselections).items():
+                run.folder.write_json(name, content)
         freeze(network.model, current)
         model, batches = network.model, data
         if result.cached_in != "off":
@@ -72,20 +62,8 @@ def fine_tune(
         # The best epoch may precede a later selection, so all that any selection trains has to be kept.
         selects_later = current.reselect or cfg.warmup_epochs
         best.variables = network.model.variables if selects_later else changing_variables(network)
-        train_segment(
-            segment,
-            network,
-            model,
-            current,
-            batches,
-            held_out_batches(network.model, data, split) if batches is data else batches.held_out_batches(),
-            cfg,
-            folder,
-            result,
-            best,
-            selection_record=selection.to_record(),
-            saved=saved if segment.resumes else None,
-        )
+        held_out = held_out_batches(network.model, data, split) if batches is data else batches.held_out_batches()
+        train_segment(run, segment, current, model, batches, held_out, best, saved if segment.resumes else None)
         if result.status == "diverged":
             return
         if best.exhausted(len(result.epochs)):
@@ -107,33 +85,21 @@ def fine_tune(
 
 
 def train_segment(
-    segment: Segment,
-    network,
-    model,
-    selection: Selection,
-    data,
-    held_out,
-    cfg: Config,
-    folder,
-    result: Result,
-    best: BestEpoch,
-    selection_record: dict,
-    saved: Checkpoint | None,
+    run: report.Progress, segment: Segment, selection: Selection, model, data, held_out, best: BestEpoch, saved
 ) -> None:
     """Trains the epochs of one segment, and resumes within an epoch where a checkpoint was written.
 
     Args:
+        run: report.Progress, its network frozen for the segment.
         segment: Segment.
-        network: models.Network, frozen for the segment.
-        model: keras.Model, compiled: the network's, or with cached features its suffix.
         selection: Selection that holds in the segment.
+        model: keras.Model, compiled: the network's, or with cached features its suffix.
         data: data.pipeline.Data or training.features.Features.
-        cfg, folder, result: as in `fine_tune`.
         held_out: tf.data.Dataset of the batches that choose the epoch.
         best: BestEpoch, kept over all segments.
-        selection_record: dict. The first selection's record, for checkpoints.
         saved: Checkpoint or None. The checkpoint to restore.
     """
+    cfg, network, result = run.cfg, run.network, run.result
     epoch, steps_done = segment.first, 0
     if saved:
         steps_done, before = saved.record["step"], saved.record["checksums"]
@@ -150,15 +116,11 @@ def train_segment(
 
         def write_row(row):
             result.epochs.append(row)
-            folder.write_metrics(result.epochs)
+            run.folder.write_csv("metrics.csv", result.epochs)
             log.info("%s", report.epoch_line(row, cfg.num_epochs))
 
-        clock = EpochClock(
-            "val" if cfg.protocol == "validation" else "test",
-            write_row,
-            first_step_s,
-            saved.record["epoch_s"] if steps_done else 0.0,
-        )
+        split = "val" if cfg.protocol == "validation" else "test"
+        clock = EpochClock(split, write_row, first_step_s, saved.record["epoch_s"] if steps_done else 0.0)
         spent = result.compile_s, result.eval_s, result.checkpoint_s
 
         def account():
@@ -167,10 +129,10 @@ def train_segment(
 
         def record():
             account()
-            return {"selection": selection_record, "checksums": before, "result": result.to_record()}
+            return {"selection": run.selection.to_record(), "checksums": before, "result": result.to_record()}
 
         checkpointer = Checkpointer(
-            folder.path,
+            run.folder.path,
             60 * cfg.checkpoint_minutes,
             data.steps_per_epoch,
             record,
@@ -180,16 +142,14 @@ def train_segment(
             list(saved.read("metric/")) if steps_done else None,
         )
         stop = StopWhenDiverged(data.steps_per_epoch)
-        tensorboard = keras.callbacks.TensorBoard(folder.path / "tensorboard", write_graph=False)
         callbacks = [
             penalties,
             stop,
             clock,
             best,
             ProgressBar(cfg.num_epochs),
-            tensorboard,
+            keras.callbacks.TensorBoard(run.folder.path / "tensorboard", write_graph=False),
             checkpointer,
-            StopEarly(best),
         ]
         try:
             if steps_done:
@@ -303,7 +263,7 @@ def measure(network, model, batches, result: Result, outside_bytes: int = 0) -> 
     devices = model.distribute_strategy.num_replicas_in_sync
     if devices > 1:  # one device's part of the batch; features are never shared among devices
         images, labels = images[: len(labels) // devices], labels[: len(labels) // devices]
-    estimated = estimate.bytes_of_training(model, estimate.batch_shape(model, len(labels)))
+    estimated = estimate.bytes_or_none(estimate.of_training, model, len(labels))
     if estimated is not None:
         result.estimated_bytes = largest_known(result.estimated_bytes, estimated + outside_bytes)
     peak, first_step_s = measured_training_step(model, images, labels, changing_variables(network))
@@ -311,24 +271,24 @@ def measure(network, model, batches, result: Result, outside_bytes: int = 0) -> 
     return first_step_s
 
 
-def select(choose: Callable[[], Selection], network, cfg: Config, data, result: Result) -> Selection:
+def select(run: report.Progress, choose: Callable[[], Selection]) -> Selection:
     """Returns the selection that `choose` returns, within the memory budget, and accounts for its cost."""
-    start = time.perf_counter()
+    result, start = run.result, time.perf_counter()
     with measured_peak() as peak:
         selection = choose()
     result.selection_s = (result.selection_s or 0.0) + time.perf_counter() - start
     result.selection_peak_bytes = largest_known(result.selection_peak_bytes, peak.bytes)
-    if cfg.memory_budget_mb is not None:
-        peak_bytes = functools.partial(features.peak_bytes, network, data, cfg)
-        found = budget.fit(network, selection, cfg.memory_budget_mb * MB, peak_bytes)
+    if run.cfg.memory_budget_mb is not None:
+        peak_bytes = functools.partial(features.peak_bytes, run.network, run.images, run.cfg)
+        found = budget.fit(run.network, selection, run.cfg.memory_budget_mb * MB, peak_bytes)
         selection, result.budget_next_layer, result.budget_next_bytes = found
     return selection
 
 
-def reselect(selection: Selection, epoch: int, network, cfg: Config, data, result: Result) -> Selection:
+def reselect(run: report.Progress, selection: Selection, epoch: int) -> Selection:
     """Returns the selection for the epochs from `epoch` on, counted from 0."""
-    following = select(lambda: selection.reselect(epoch), network, cfg, data, result)
-    result.reselections.append((epoch + 1, following))
+    following = select(run, lambda: selection.reselect(epoch))
+    run.result.reselections.append((epoch + 1, following))
     before, after = set(selection.trained_weights), set(following.trained_weights)
     log.info(
         "Epoch %d: new selection; %d weights train, %d of them new, %d frozen again",

@@ -10,8 +10,6 @@ forward passes (benchmarks/selection.py); peaks are those of a training step, me
 estimated, in MB of 10^6 bytes.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

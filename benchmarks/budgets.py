@@ -9,8 +9,6 @@ and seed 0; runs that exist in --log_dir are not repeated. Exits with 1 if a run
 or measured more than 5 % over its budget.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

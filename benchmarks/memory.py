@@ -7,8 +7,6 @@ A case is one process of memory_utils.py with random weights and seed 0, which m
 another new process. The ratio is estimate / measurement.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

@@ -10,8 +10,6 @@ first step, with the network loaded. With `--num_epochs`, scripts/litert_train.p
 first scheme's export on digits for each precision of the frozen weights.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -84,12 +84,11 @@ def seeds_agree(scores_of_seeds, clouds, rho):
 def draw(agreement, args):
     """Draws agreement over clouds, one line per number of points."""
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5.5, 3.4), layout="constrained")
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(agreement)))
+    figure = Figure(figsize=(5.5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(agreement)))
     for (points, row), colour, marker in zip(agreement.items(), colours, "osD^v<>"):
         axes.plot(
             range(1, len(row) + 1),

@@ -19,8 +19,6 @@ train the head of a MobileNetV2 on digits, and the script checks what users rely
 One line per check; exit code 1 if one fails. It takes about five minutes on two cores.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

@@ -18,8 +18,6 @@ that random weights stay finite. The first epoch is left out. The rounds alterna
 machine's speed meets all of them, and the ratios are of medians over the rounds.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import json

@@ -1,7 +1,5 @@
 """The settings of a run, in one frozen record."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -15,8 +15,6 @@ the same. TensorFlow reads some of them when it first computes, so that the memo
 may be impossible to measure; the first measurement then logs a warning.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import sys

@@ -3,8 +3,6 @@
 TFDS and Keras retry an unreachable host for minutes.
 """
 
-from __future__ import annotations
-
 import threading
 import urllib.error
 import urllib.request

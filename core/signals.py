@@ -5,8 +5,6 @@ called between training steps, raises it: a checkpoint must not be torn in the
 middle of a step. At any other time a signal raises at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -6,8 +6,6 @@ gradient are as on one device. Dropout's draws and batch statistics are not: eac
 device has its own.
 """
 
-from __future__ import annotations
-
 import contextlib
 
 from core.config import Config
@@ -108,15 +106,10 @@ def even_batches(strategy, batches, num_images: int, batch_size: int):
     """
     if strategy.num_replicas_in_sync == 1:
         return batches
-    size = _even_batch_size(num_images, batch_size, strategy.num_replicas_in_sync)
-    count = -(-num_images // size)
-    return batches.unbatch().batch(size).apply(_cardinality(count))
-
-
-def _cardinality(count):
     import tensorflow as tf
 
-    return tf.data.experimental.assert_cardinality(count)
+    size = _even_batch_size(num_images, batch_size, strategy.num_replicas_in_sync)
+    return batches.unbatch().batch(size).apply(tf.data.experimental.assert_cardinality(-(-num_images // size)))
 
 
 def _even_batch_size(images, batch_size, devices):

@@ -190,17 +190,9 @@ def check_flags(cfg: Config) -> None:
         raise UsageError(
             "--dataset_name image_folder needs a folder of images. Received: no --image_dir; add --image_dir FOLDER."
         )
-    if cfg.dataset_name != "image_folder" and cfg.image_dir:
-        raise UsageError(
-            f"--image_dir needs --dataset_name image_folder. Received: "
-            f"--dataset_name {cfg.dataset_name}; change it, or leave out --image_dir."
-        )
-    if cfg.dataset_name != "image_folder" and cfg.skip_bad_images:
-        raise UsageError(
-            f"--skip_bad_images needs --dataset_name image_folder. Received: "
-            f"--dataset_name {cfg.dataset_name}; change it, or leave out --skip_bad_images."
-        )
-    for flag in ("limit_train", "limit_test"):
-        limit = getattr(cfg, flag)
-        if limit is not None and limit < 1:
-            raise UsageError(f"--{flag} must be at least 1 image. Received: {limit}; leave it out for no limit.")
+    for flag in ("image_dir", "skip_bad_images"):
+        if cfg.dataset_name != "image_folder" and getattr(cfg, flag):
+            raise UsageError(
+                f"--{flag} needs --dataset_name image_folder. Received: --dataset_name {cfg.dataset_name}; change it, "
+                f"or leave out --{flag}."
+            )

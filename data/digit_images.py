@@ -1,7 +1,5 @@
 """scikit-learn's handwritten digits as arrays, with the split that everybody tests on. Loads no TensorFlow."""
 
-from __future__ import annotations
-
 import numpy as np
 
 TEST_IMAGES = 360

@@ -3,10 +3,7 @@
 TensorFlow is imported when images are read: `scripts/litert_train.py` lists them without it.
 """
 
-from __future__ import annotations
-
 import hashlib
-import logging
 import os
 from pathlib import Path
 
@@ -14,9 +11,8 @@ import numpy as np
 
 from core.config import Config
 from core.errors import UsageError
+from core.log import log
 from data.source import Source, check_num_classes
-
-log = logging.getLogger("adabet")
 
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")

@@ -6,10 +6,7 @@ the function that training uses: the two libraries accept different files, and a
 must not meet an image that it cannot read.
 """
 
-from __future__ import annotations
-
 import io
-import logging
 import os
 import re
 import warnings
@@ -23,10 +20,9 @@ from tqdm import tqdm
 
 from core.config import Config
 from core.errors import UsageError
+from core.log import log
 from data.folder_source import printable
 from data.source import Source
-
-log = logging.getLogger("adabet")
 
 MAX_PIXELS = 10**8  # of all frames that a decoder unpacks together; 300 MB as RGB
 MAX_FILE_BYTES = 2**29  # more than such an image takes as a 32-bit BMP

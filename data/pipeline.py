@@ -4,8 +4,6 @@ Shuffling and augmentation are functions of (seed, epoch, image): a run that res
 epoch 3 sees the images that it would have seen.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import math
@@ -143,7 +141,8 @@ class Data:
         per_epoch = self.steps_per_epoch * self.batch_size
         buffer = _shuffle_buffer(*self._size("train"))
         epochs = np.arange(first_epoch, num_epochs, dtype=np.int64)
-        shuffle_seeds = np.array([_shuffle_seed(cfg.seed, epoch) for epoch in epochs], np.int64)
+        states = [np.random.SeedSequence([cfg.seed, int(epoch)]).generate_state(1)[0] for epoch in epochs]
+        shuffle_seeds = np.array(states, np.int64)
         left_out = np.where(epochs == first_epoch, first_step * self.batch_size, 0)
 
         def one_epoch(epoch, shuffle_seed, left_out):
@@ -188,20 +187,12 @@ class Data:
         points = min(points, len(positions))
         rng = np.random.default_rng([self._cfg.seed, _SELECTION_DRAW])
         chosen = rng.permutation(positions)[: points * count]
-        position, encoded, label = _all_of(self._source.read(split, chosen), len(chosen))
+        records = _all_of(self._source.read(split, chosen), len(chosen))
         # A source reads in an order of its own.
-        by_position = np.argsort(position)
-        order = by_position[np.searchsorted(position, chosen, sorter=by_position)]
-        held = tf.data.Dataset.from_tensor_slices((tf.gather(encoded, order), tf.gather(label, order)))
-        return (
-            held.map(
-                lambda encoded, label: (decode_image(encoded, self._cfg.input_size), label),
-                num_parallel_calls=tf.data.AUTOTUNE,
-                deterministic=True,
-            )
-            .batch(points, drop_remainder=True)
-            .prefetch(1)
-        )
+        by_position = np.argsort(records[0])
+        order = by_position[np.searchsorted(records[0], chosen, sorter=by_position)]
+        held = tf.data.Dataset.from_tensor_slices(tuple(tf.gather(part, order) for part in records))
+        return self._decoded(held).batch(points, drop_remainder=True).prefetch(1)
 
     @functools.cached_property
     def _train_records(self):
@@ -230,17 +221,16 @@ class Data:
 
     def _plain_batches(self, records, role):
         images, _ = self._size(role)
-        batches = (
-            records.map(
-                lambda position, encoded, label: (decode_image(encoded, self._cfg.input_size), label),
-                num_parallel_calls=tf.data.AUTOTUNE,
-                deterministic=True,
-            )
-            .batch(self._cfg.batch_size)
-            .prefetch(2)
-        )
         count = math.ceil(images / self._cfg.batch_size)
+        batches = self._decoded(records).batch(self._cfg.batch_size).prefetch(2)
         return batches.apply(tf.data.experimental.assert_cardinality(count))
+
+    def _decoded(self, records):
+        return records.map(
+            lambda position, encoded, label: (decode_image(encoded, self._cfg.input_size), label),
+            num_parallel_calls=tf.data.AUTOTUNE,
+            deterministic=True,
+        )
 
 
 def make(source: Source, row, cfg: Config) -> Data:
@@ -345,10 +335,6 @@ def _rotation_about_centre(angle, centre):
 def _all_of(records, count):
     """Reads `count` records. Returns tensors (positions, encoded, labels), each (count,)."""
     return records.batch(count).get_single_element()
-
-
-def _shuffle_seed(seed, epoch):
-    return np.random.SeedSequence([seed, int(epoch)]).generate_state(1)[0]
 
 
 def _shuffle_buffer(images, total_bytes):

@@ -1,7 +1,5 @@
 """The form of every data set before the pipeline: labels in memory, images encoded."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

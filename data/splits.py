@@ -3,8 +3,6 @@
 A split depends only on the labels, the seed and the limits.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from core.config import Config
@@ -65,7 +63,7 @@ def assign(labels: dict, names: tuple, cfg: Config) -> dict:
     Raises:
         UsageError: if no train split, or too few images to split.
     """
-    available = [name for name in names if name in labels and _usable(labels[name])]
+    available = [name for name in names if name in labels and len(labels[name]) and labels[name].min() >= 0]
     train_name, validation_name, test_name = names
     if train_name not in available:
         raise UsageError(
@@ -117,7 +115,3 @@ def assign(labels: dict, names: tuple, cfg: Config) -> dict:
     elif validation is None:
         train, validation = take_out(train, VALIDATION_SHARE, "validation")
     return {"train": train, "validation": validation, "test": test}
-
-
-def _usable(labels):
-    return len(labels) > 0 and labels.min() >= 0

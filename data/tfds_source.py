@@ -1,7 +1,5 @@
 """Data sets of TFDS, read without decoding their images."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import io

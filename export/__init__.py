@@ -4,20 +4,16 @@
 it. TensorFlow is imported when they are called.
 """
 
-from __future__ import annotations
-
-import logging
 from collections.abc import Collection
 from pathlib import Path
 
 from core.config import Config
 from core.errors import RunError, UsageError
 from core.files import whole_file
+from core.log import log
 from core.units import MB
 from models import Network
 from selection import SCHEMES
-
-log = logging.getLogger("adabet")
 
 FROZEN = ("float32", "float16", "int8")  # values of --litert_frozen
 

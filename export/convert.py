@@ -1,7 +1,5 @@
 """Conversion of a traced network to a LiteRT model of built-in operations."""
 
-from __future__ import annotations
-
 import re
 import tempfile
 

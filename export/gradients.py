@@ -8,8 +8,6 @@ All tensors are channels-last with static shapes, float32. A gradient function t
 operation and the gradient of its output, and returns one gradient per input.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math

@@ -6,8 +6,6 @@ normalizations, channel by channel, so its constants still are whole multiples o
 per channel, on some axis. `packed` finds that axis and stores the integers.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from tensorflow.lite.python import schema_py_generated as schema
 from tensorflow.lite.tools import flatbuffer_utils

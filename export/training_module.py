@@ -5,8 +5,6 @@ augmentation: mean cross-entropy, gradients clipped by their global norm, decoup
 decay, momentum. The caller gives the learning rate of every step.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Collection

@@ -6,19 +6,15 @@ estimate by about one percent, so that a longer prefix may fit by chance; the se
 ignores that.)
 """
 
-from __future__ import annotations
-
-import logging
 from collections.abc import Callable, Collection
 
 from core.config import Config
 from core.errors import UsageError
+from core.log import log
 from core.units import MB
 from memory import estimate
 from models.compiling import compile_model, make_optimizer
 from selection.ranking import Selection, with_first_layers
-
-log = logging.getLogger("adabet")
 
 
 def check(cfg: Config, needed: int) -> None:

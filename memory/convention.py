@@ -9,8 +9,6 @@ The 8 below belongs to the plot: it multiplies the peak by 8 and counts the outp
 the batch size that it is given, so that its figures for another batch are different.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterator
 

@@ -1,17 +1,14 @@
 """Predicts the peak memory of a training step, its parts, and the layer at which it occurs."""
 
-from __future__ import annotations
-
-import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import tensorflow as tf
 
+from core.log import log
 from memory.simulator import executor, step_graph
 from memory.simulator.allocator import Allocator
-
-log = logging.getLogger("adabet")
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "temporary")
 
@@ -47,13 +44,11 @@ def of_inference(model, input_shape: tuple) -> Estimate:
     return of_step(step_graph.trace_inference(model, input_shape))
 
 
-def of_step(step, repetitions: int = 2, allocator=None) -> Estimate:
-    """Simulates a step; the last repetition counts.
+def of_step(step, allocator=None) -> Estimate:
+    """Simulates a step twice; the second run, which reuses the free chunks of the first, counts.
 
     Args:
         step: step_graph.Step.
-        repetitions: int. How often the step runs. The second run reuses the free chunks
-            of the first.
         allocator: object with `allocate`, `release` and `in_use`. None uses one like
             TensorFlow's.
     """
@@ -62,7 +57,7 @@ def of_step(step, repetitions: int = 2, allocator=None) -> Estimate:
         memory.variables[key] = memory.allocate(num_bytes, part)
     for key, num_bytes in step.resident:
         memory.variables[key] = memory.allocate(num_bytes, "activations")
-    for _ in range(repetitions):
+    for _ in range(2):
         memory.forget_peak()
         executor.run(step, memory, num_threads())
     split = {part: memory.peak_parts.get(part, 0) for part in PARTS}
@@ -80,25 +75,16 @@ def batch_shape(model, batch_size: int) -> tuple:
     return shapes if len(shapes) > 1 else shapes[0]
 
 
-def bytes_of_training(model, input_shape: tuple) -> int | None:
-    """Returns the estimated peak of a training step in bytes, or None if it cannot be estimated.
+def bytes_or_none(predict: Callable, model, batch_size: int) -> int | None:
+    """Returns the bytes of `of_training` or `of_inference` for a batch, or None if they cannot be estimated.
 
     A step that cannot be simulated is logged: a missing estimate must not end a run.
     Training on several devices is not simulated.
     """
     if model.distribute_strategy.num_replicas_in_sync > 1:
         return None
-    return _bytes_or_none(of_training, model, input_shape)
-
-
-def bytes_of_inference(model, input_shape: tuple) -> int | None:
-    """Returns the estimated peak of a forward pass in bytes, or None if it cannot be estimated."""
-    return _bytes_or_none(of_inference, model, input_shape)
-
-
-def _bytes_or_none(predict, model, input_shape):
     try:
-        return predict(model, tuple(input_shape)).bytes
+        return predict(model, batch_shape(model, batch_size)).bytes
     except Exception as error:
         log.warning("The peak memory cannot be estimated: %s", " ".join(str(error).split()))
         return None

@@ -1,7 +1,5 @@
 """The paper's plot of peak memory, drawn twice: by its convention, and as measured."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from core import environment
@@ -37,13 +35,11 @@ def draw(cfg: Config, path: str) -> str:
     rows = {}
     for model_name in MODELS:
         own = replace(cfg, model_name=model_name, rho=0.1, num_betti_batches=cfg.num_betti_batches or 4)
-        rows[model_name] = {bar: _figures(replace(own, train_type=_scheme(bar)), bar) for bar in BARS}
+        rows[model_name] = {
+            bar: _figures(replace(own, train_type=bar if bar in SCHEMES else "full_training"), bar) for bar in BARS
+        }
     _plot(cfg, rows, path)
     return _text(cfg, rows, path)
-
-
-def _scheme(bar):
-    return bar if bar in SCHEMES else "full_training"
 
 
 def _figures(cfg, bar):
@@ -59,28 +55,22 @@ def _figures(cfg, bar):
 
 
 def _plot(cfg, rows, path):
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    drawing, axes = pyplot.subplots(1, 2, figsize=(11, 4))
+    drawing = Figure(figsize=(11, 4), layout="tight")
+    axes = drawing.subplots(1, 2)
     titles = (
         "published convention (always of batch 8)",
         f"measured (batch {cfg.batch_size}, {cfg.input_size} px, {cfg.optimizer})",
     )
     for column, (axis, title) in enumerate(zip(axes, titles)):
-        for position, (bar, label) in enumerate(BARS.items()):
-            heights = [rows[model_name][bar][column] or 0 for model_name in MODELS]
-            places = [model + (position - 1) * 0.27 for model in range(len(MODELS))]
-            axis.bar_label(axis.bar(places, heights, 0.25, label=label), fmt="%.0f", fontsize=7)
-        axis.set_xticks(range(len(MODELS)), MODELS.values())
+        heights = {label: [rows[model_name][bar][column] or 0 for model_name in MODELS] for bar, label in BARS.items()}
+        for bars in axis.grouped_bar(heights, tick_labels=list(MODELS.values())).bar_containers:
+            axis.bar_label(bars, fmt="%.0f", fontsize=7)
         axis.set_ylabel("peak memory (MB)")
         axis.set_title(title, fontsize=10)
     axes[0].legend(fontsize=8)
-    drawing.tight_layout()
     drawing.savefig(path, dpi=150)
-    pyplot.close(drawing)
 
 
 def _text(cfg, rows, path):

@@ -6,12 +6,9 @@ slots, activations, gradients and workspace, but not the memory of NumPy and gud
 process's peak resident size contains everything.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gc
-import logging
 import resource
 import statistics
 import sys
@@ -20,8 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from core import environment
-
-log = logging.getLogger("adabet")
+from core.log import log
 
 MEASURED_STEPS = 3
 MEASURING_S = 10.0  # no further step starts after this many seconds

@@ -4,8 +4,6 @@
 and `--help` is printed, without TensorFlow and Keras.
 """
 
-from __future__ import annotations
-
 import collections
 import difflib
 import os

@@ -1,7 +1,5 @@
 """Builds the known networks: preprocessing, backbone, pooling, head."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import math
@@ -26,27 +24,6 @@ def _rescaled(images, scale, offset):
     return keras.layers.Rescaling(scale, offset, name="preprocessing")(images)
 
 
-def _caffe(images):
-    """RGB to BGR, minus the mean, unscaled."""
-    return _rescaled(keras.ops.flip(images, axis=-1), 1.0, [-mean for mean in _MEAN_BGR])
-
-
-def _symmetric(images):
-    """0..255 to -1..1; what ViT writes as (x / 255 - 0.5) / 0.5 is the same."""
-    return _rescaled(images, 1 / 127.5, -1.0)
-
-
-def _unit(images):
-    """0..255 to 0..1."""
-    return _rescaled(images, 1 / 255, 0.0)
-
-
-def _torch(images):
-    """0..255 to 0..1, then minus the mean and divided by the standard deviation of each channel."""
-    scale = [1 / (255 * std) for std in _STD_RGB]
-    return _rescaled(images, scale, [-mean / std for mean, std in zip(_MEAN_RGB, _STD_RGB)])
-
-
 def _efficientnet(images):
     """Completes the normalization inside EfficientNet, which divides by the root of the standard deviation.
 
@@ -63,10 +40,12 @@ def _efficientnet(images):
 # only: a saved network has to load without any code of ours.
 PREPROCESSING = {
     "none": lambda images: images,
-    "unit": _unit,
-    "symmetric": _symmetric,
-    "caffe": _caffe,
-    "torch": _torch,
+    "unit": lambda images: _rescaled(images, 1 / 255, 0.0),
+    "symmetric": lambda images: _rescaled(images, 1 / 127.5, -1.0),  # of ViT, too: (x / 255 - 0.5) / 0.5
+    "caffe": lambda images: _rescaled(keras.ops.flip(images, axis=-1), 1.0, [-mean for mean in _MEAN_BGR]),
+    "torch": lambda images: _rescaled(
+        images, [1 / (255 * std) for std in _STD_RGB], [-mean / std for mean, std in zip(_MEAN_RGB, _STD_RGB)]
+    ),
     "efficientnet": _efficientnet,
 }
 
@@ -133,9 +112,12 @@ def pooled(features):
 
 
 def _vit_features(preprocessed):
-    from models import vit  # imports keras-hub, which takes seconds
+    import keras_hub  # takes seconds
 
-    backbone = vit.make_backbone(preprocessed.shape[1])
+    from models.vit import HYPERPARAMETERS
+
+    shape = tuple(preprocessed.shape[1:])
+    backbone = keras_hub.models.ViTBackbone(image_shape=shape, name="backbone", **HYPERPARAMETERS)
     tokens = backbone(preprocessed)  # (B, 1 + patches, hidden)
     return backbone, tokens[:, 0]
 

@@ -5,8 +5,6 @@ a layer's `trainable` to the use of its statistics, so that freezing a layer wou
 silently change its mode.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

@@ -3,8 +3,6 @@
 Data are channels-last throughout.
 """
 
-from __future__ import annotations
-
 import math
 import re
 

@@ -1,7 +1,5 @@
 """How models are compiled, for training, for memory figures, and for the importance of ElasticTrainer."""
 
-from __future__ import annotations
-
 import keras
 
 from core import strategy

@@ -4,8 +4,6 @@ Both parts are Keras models on the layers and variables of the whole network, so
 that training the suffix trains the network.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -1,11 +1,8 @@
 """ImageNet weights, from the caches or by a download whose host is probed first."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io
-import logging
 import os
 import sys
 from dataclasses import replace
@@ -14,10 +11,9 @@ import keras
 
 from core import reachability
 from core.config import Config
+from core.log import log
 from models import weight_files
 from models.table import MODELS, Imagenet
-
-log = logging.getLogger("adabet")
 
 
 class Unavailable(Exception):
@@ -48,11 +44,6 @@ def weights_url(source: Imagenet, input_size: int) -> str:
     return source.url.replace("{size}", str(size))
 
 
-def _algorithm(checksum):
-    """Returns the algorithm of a hexadecimal checksum, by its length."""
-    return "sha256" if len(checksum) == 64 else "md5"
-
-
 def fetch_file(source: Imagenet, input_size: int) -> str:
     """Returns the path of the ImageNet weights file in Keras' cache.
 
@@ -68,7 +59,8 @@ def fetch_file(source: Imagenet, input_size: int) -> str:
     home = _keras_home()
     path = os.path.join(home, "models", name)
     present = os.path.isfile(path)
-    if present and (source.checksum is None or source.checksum == file_hash(path, _algorithm(source.checksum))):
+    algorithm = "sha256" if len(source.checksum or "") == 64 else "md5"
+    if present and (source.checksum is None or source.checksum == file_hash(path, algorithm)):
         return path
     _probe(url)
     log.info("Downloading %s", url)
@@ -117,13 +109,12 @@ def fetch_preset(source: Imagenet) -> tuple[list, str]:
     preset = str(source.preset)
     folder = vit.preset_folder(preset)
     path = os.path.join(folder, "model.weights.h5")
-    if os.path.isfile(path) and os.path.isfile(os.path.join(folder, "config.json")):
-        with _failures_unavailable(folder):
-            return _variables_as_layers(vit.load_preset(folder)), path
-    _probe(source.url)
-    log.info("Downloading %s", preset)
-    with _failures_unavailable(preset):
-        return _variables_as_layers(vit.load_preset(preset)), path
+    present = os.path.isfile(path) and os.path.isfile(os.path.join(folder, "config.json"))
+    if not present:
+        _probe(source.url)
+        log.info("Downloading %s", preset)
+    with _failures_unavailable(folder if present else preset):
+        return _variables_as_layers(vit.load_preset(folder if present else preset)), path
 
 
 def _variables_as_layers(backbone):

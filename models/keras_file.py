@@ -3,8 +3,6 @@
 What only the loaded model shows, such as its output, `own_model.py` checks.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import os

@@ -6,8 +6,6 @@ that residual branches, nested models and the layers inside a transformer's bloc
 in their true order and with their true inputs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Iterator

@@ -4,12 +4,9 @@
 found, and its output checked.
 """
 
-from __future__ import annotations
-
 import collections
 import importlib
 import itertools
-import logging
 import os
 import re
 import sys
@@ -20,9 +17,8 @@ import numpy as np
 import models
 from core.config import Config
 from core.errors import UsageError
+from core.log import log
 from models import backbones
-
-log = logging.getLogger("adabet")
 
 # Layers and operations between the weights of a classifier and the model's output.
 _AFTER_THE_CLASSIFIER = {"Activation", "Softmax", "Flatten", "Reshape", "Dropout", "Identity"}

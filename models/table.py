@@ -5,8 +5,6 @@ keras.applications, and `MODELS` both. Numbers of layers, input sizes, addresses
 checksums are those of Keras 3.15; `tests/test_applications.py` compares them with it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 

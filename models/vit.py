@@ -1,9 +1,8 @@
 """ViT-B/16 on keras-hub, at any input size that is a multiple of the patch."""
 
-from __future__ import annotations
-
 import os
 
+import keras
 import keras_hub
 import numpy as np
 
@@ -22,15 +21,6 @@ HYPERPARAMETERS = {
     "use_class_token": True,
     "use_patch_bias": True,
 }
-
-
-def make_backbone(input_size: int):
-    """Returns a keras_hub ViTBackbone with random weights for square images.
-
-    Args:
-        input_size: int. Pixels, a multiple of the patch size.
-    """
-    return keras_hub.models.ViTBackbone(image_shape=(input_size, input_size, 3), name="backbone", **HYPERPARAMETERS)
 
 
 def preset_folder(preset: str) -> str:
@@ -86,19 +76,11 @@ def resize_position_embedding(embedding: np.ndarray, num_positions: int) -> np.n
         return None
     embedding = np.asarray(embedding, "float32")
     grid = embedding[1:].reshape(old, old, -1)
-    mix = _interpolation(old, new)  # (G, g)
-    resized = np.einsum("yi,xj,ijc->yxc", mix, mix, grid, optimize=True)
-    return np.concatenate([embedding[:1], resized.reshape(new * new, -1)]).astype("float32")
+    resized = keras.ops.image.resize(grid, (new, new), interpolation="bilinear")
+    return np.concatenate([embedding[:1], np.reshape(resized, (new * new, -1))])
 
 
 def grid_side(num_positions: int) -> int | None:
     """Returns g if `num_positions` is 1 + g * g, or None."""
     side = round((num_positions - 1) ** 0.5)
     return side if side > 0 and side * side == num_positions - 1 else None
-
-
-def _interpolation(old, new):
-    """Returns the (new, old) matrix that resizes one axis linearly; its rows sum to 1."""
-    centres = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
-    # Tent functions around the old pixels; two of them overlap at any point.
-    return np.maximum(0.0, 1.0 - np.abs(centres[:, None] - np.arange(old)))

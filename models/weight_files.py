@@ -13,8 +13,6 @@ The content distinguishes two layouts, because users rename files:
   layers' names as attributes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

@@ -1,19 +1,17 @@
 """Loads weights into a backbone and records where they come from."""
 
-from __future__ import annotations
-
 import logging
 import os
 from dataclasses import dataclass
 
 import keras
 import numpy as np
+from keras.src.saving import saving_lib
 
 from core.config import Config
 from core.errors import RunError, UsageError
+from core.log import log
 from models import imagenet, keras_file, weight_files
-
-log = logging.getLogger("adabet")
 
 # Names of weights in older versions of Keras.
 _MODERN_NAMES = {"depthwise_kernel": "kernel"}
@@ -46,46 +44,31 @@ def load(backbone: keras.Model, cfg: Config) -> dict:
         UsageError: if the file is damaged, or fits less than half of the backbone.
         RunError: if `imagenet` is requested and unavailable.
     """
+    if cfg.weights == "none":
+        return _provenance("none", target_layers(backbone))
     if cfg.weights == "auto" and keras_file.is_path(cfg.model_name):  # its weights came with it
         targets = target_layers(backbone)
         return _provenance("file", targets, len(targets), os.path.expanduser(cfg.model_name))
-    return _SOURCES.get(cfg.weights, _load_file)(backbone, cfg)
-
-
-def _load_nothing(backbone, cfg, note=None):
-    return _provenance("none", target_layers(backbone), note=note)
-
-
-def _load_auto(backbone, cfg):
+    if cfg.weights not in ("auto", "imagenet"):
+        path = os.path.expanduser(cfg.weights)
+        with weight_files.open_layers(path) as stored:
+            return _assign(backbone, stored, "file", path)
     try:
         return _imagenet(backbone, cfg)
     except imagenet.Unavailable as error:
+        if cfg.weights == "imagenet":
+            raise RunError(
+                f"--weights imagenet needs the weights of {cfg.model_name}. Received: they are unavailable ({error}); "
+                "connect to the network, or use --weights PATH, or --weights none for random weights."
+            ) from error
         log.warning(
             "ImageNet weights for %s are unavailable (%s); starting from RANDOM weights. "
             "--weights PATH loads a file of your own.",
             cfg.model_name,
             error,
         )
-        return _load_nothing(backbone, cfg, note=f"ImageNet weights are unavailable: {error}")
-
-
-def _load_imagenet(backbone, cfg):
-    try:
-        return _imagenet(backbone, cfg)
-    except imagenet.Unavailable as error:
-        raise RunError(
-            f"--weights imagenet needs the weights of {cfg.model_name}. Received: they are unavailable ({error}); "
-            "connect to the network, or use --weights PATH, or --weights none for random weights."
-        ) from error
-
-
-def _load_file(backbone, cfg):
-    path = os.path.expanduser(cfg.weights)
-    with weight_files.open_layers(path) as stored:
-        return _assign(backbone, stored, "file", path)
-
-
-_SOURCES = {"auto": _load_auto, "imagenet": _load_imagenet, "none": _load_nothing}
+        note = f"ImageNet weights are unavailable: {error}"
+        return _provenance("none", target_layers(backbone), note=note)
 
 
 def _imagenet(backbone, cfg):
@@ -164,11 +147,7 @@ def _structure(layer, path, seen):
     seen.add(id(layer))
     yield path, layer
     prefix = f"{path}/" if path else ""
-    if isinstance(layer, keras.Model):
-        children = [("layers", layer.layers)]
-    else:
-        children = [(name, _attribute(layer, name)) for name in _own_attributes(layer)]
-    for name, child in children:
+    for name, child in saving_lib._walk_saveable(layer):
         if isinstance(child, keras.layers.Layer):
             yield from _structure(child, prefix + name, seen)
         elif isinstance(child, (list, tuple)):
@@ -177,19 +156,6 @@ def _structure(layer, path, seen):
                 if isinstance(item, keras.layers.Layer):
                     item_name = weight_files.numbered(weight_files.snake_case(type(item).__name__), count)
                     yield from _structure(item, f"{prefix}{name}/{item_name}", seen)
-
-
-def _own_attributes(layer):
-    added = set(dir(layer)) - set(dir(keras.layers.Layer))
-    added -= {"_layers", "_metrics", "_losses"}  # bookkeeping that every Layer has
-    return sorted(added, key=lambda name: (name.startswith("_"), name))
-
-
-def _attribute(layer, name):
-    try:
-        return getattr(layer, name)
-    except Exception:  # a property can raise anything; such a one holds no layer
-        return None
 
 
 def match(targets: list[TargetLayer], stored: list[weight_files.StoredLayer]) -> list:
@@ -262,29 +228,18 @@ def _arrays(variables, weights):
     return arrays if fits else None
 
 
-def _is_position_embedding(variable):
-    return variable.path.endswith("position_embedding/embeddings")
-
-
 def _fits(array, variable):
     if array.dtype.kind != "f" and not (array.dtype.kind in "iu" and "int" in variable.dtype):
         return False
     if array.shape == tuple(variable.shape):
         return True
-    # Another input size: only the number of positions differs.
-    return (
-        _is_position_embedding(variable)
-        and array.ndim == 2
-        and array.shape[1] == variable.shape[1]
-        and array.shape[0] <= _MAX_POSITIONS
-        and _is_grid(array.shape[0])
-    )
-
-
-def _is_grid(num_positions):
+    if not variable.path.endswith("position_embedding/embeddings") or array.ndim != 2:
+        return False
     from models import vit
 
-    return vit.grid_side(num_positions) is not None
+    # Another input size: only the number of positions differs.
+    positions, width = array.shape
+    return width == variable.shape[1] and positions <= _MAX_POSITIONS and vit.grid_side(positions) is not None
 
 
 def _values(array, variable):

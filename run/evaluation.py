@@ -1,8 +1,5 @@
 """`--evaluate`: a saved model on the test split of a data set. Nothing trains."""
 
-from __future__ import annotations
-
-import io
 import logging
 import os
 import time
@@ -13,9 +10,8 @@ from core import environment
 from core.config import Config
 from core.errors import RunError, UsageError
 from core.files import whole_file
+from core.log import log
 from run.folder import RunFolder, check_place, library_versions
-
-log = logging.getLogger("adabet")
 
 MAX_LABELS = 40  # classes whose names fit into the picture
 
@@ -70,7 +66,7 @@ def evaluate(cfg: Config, early_log: logging.Handler) -> str:
         ],
     )
     with whole_file(folder.path / "confusion.png") as file:
-        file.write(picture(confusion, names, f"{folder.name}: accuracy {accuracy:.2f} %"))
+        picture(confusion, names, f"{folder.name}: accuracy {accuracy:.2f} %").savefig(file, format="png", dpi=120)
     record = {
         "model": cfg.model_name,
         "sha256": imagenet.file_hash(os.path.expanduser(cfg.model_name)),
@@ -111,22 +107,16 @@ def confusion_matrix(model, images, preprocessing: str) -> np.ndarray:
     return confusion
 
 
-def picture(confusion: np.ndarray, names: list[str], title: str) -> bytes:
-    """Returns a PNG of a confusion matrix, each row as shares of its class."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def picture(confusion: np.ndarray, names: list[str], title: str):
+    """Returns a matplotlib.figure.Figure of a confusion matrix, each row as shares of its class."""
+    from matplotlib.figure import Figure
 
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    drawing, axis = pyplot.subplots(figsize=(8, 7))
+    drawing = Figure(figsize=(8, 7), layout="tight")
+    axis = drawing.subplots()
     drawing.colorbar(axis.imshow(shares, cmap="Blues", vmin=0, vmax=1), label="share of the true class")
     if len(names) <= MAX_LABELS:
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
         axis.set_yticks(range(len(names)), names, fontsize=7)
     axis.set(xlabel="predicted class", ylabel="true class", title=title)
-    drawing.tight_layout()
-    file = io.BytesIO()
-    drawing.savefig(file, format="png", dpi=120)
-    pyplot.close(drawing)
-    return file.getvalue()
+    return drawing

@@ -1,21 +1,16 @@
 """What can end a run from outside, each explained in one line with what to do."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
-import logging
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 from core import environment, signals
 from core.errors import RunError, UsageError
+from core.log import log
 from core.units import MB
 from run.report import Progress, summary_record
 from selection import SCHEMES
-
-log = logging.getLogger("adabet")
 
 
 @contextlib.contextmanager
@@ -23,7 +18,7 @@ def summarized(run: Progress) -> Iterator[None]:
     """Writes summary.json if the run fails or a signal ends it, and explains known failures.
 
     Raises:
-        RunError: for a failure that one of `FAILURES` explains.
+        RunError: for a failure that `explain` knows.
     """
     try:
         yield
@@ -44,51 +39,34 @@ def summarized(run: Progress) -> Iterator[None]:
 
 def explain(error: BaseException, run: Progress) -> str | None:
     """Returns one line about a failure with an outside cause, or None for any other."""
-    return next((failure.explain(error, run) for failure in FAILURES if failure.matches(error, run)), None)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """One row of the table. Both functions take the exception and the run's Progress."""
-
-    matches: Callable[[BaseException, Progress], object]
-    explain: Callable[[BaseException, Progress], str]
-
-
-def _name(error):
-    return type(error).__name__  # recognizes TensorFlow's classes without importing TensorFlow
-
-
-def _folder_is_gone(error, run):
-    return not run.folder.path.is_dir() and (isinstance(error, OSError) or _name(error) == "NotFoundError")
-
-
-def _explain_folder(error, run):
-    return (
-        f"the run folder must stay until the run ends. Received: {run.folder.path}, which is gone with all its "
-        "files; start the run again."
-    )
-
-
-def _disk_is_full(error, run):
-    # TensorFlow's own writers raise ResourceExhaustedError, as for memory.
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(
+    name = type(error).__name__  # recognizes TensorFlow's classes without importing TensorFlow
+    folder = run.folder.path
+    if not folder.is_dir() and (isinstance(error, OSError) or name == "NotFoundError"):
+        return (
+            f"the run folder must stay until the run ends. Received: {folder}, which is gone with all its files; start "
+            "the run again."
+        )
+    # Before memory: TensorFlow's own writers raise ResourceExhaustedError for a full disk, too.
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(
         "No space left on device|File too large|Disk quota exceeded", str(error)
-    )
+    ):
+        return (
+            f"the disk must have room for the run folder. Received: {error}; free some space, then continue with "
+            f"--resume {folder}: the files written so far are intact."
+        )
+    if isinstance(error, MemoryError) or name == "ResourceExhaustedError":
+        return _explain_memory(run)
+    if name in ("NotFoundError", "DataLossError"):
+        found = re.search(r"(\S+); No such file or directory", str(error))
+        what = f"{found[1]}, which is gone" if found else " ".join(str(error).split())[:200]
+        return (
+            f"the data must not change while a run reads them. Received: {what}; restore that, then continue with "
+            f"--resume {folder}."
+        )
+    return None
 
 
-def _explain_disk(error, run):
-    return (
-        f"the disk must have room for the run folder. Received: {error}; free some space, then continue with --resume "
-        f"{run.folder.path}: the files written so far are intact."
-    )
-
-
-def _memory_ran_out(error, run):
-    return isinstance(error, MemoryError) or _name(error) == "ResourceExhaustedError"
-
-
-def _explain_memory(error, run):
+def _explain_memory(run):
     """Names the memory that was needed, and the largest batch that is estimated to fit."""
     import tensorflow as tf
 
@@ -128,25 +106,3 @@ def _explain_memory(error, run):
         f"out of memory: {step} on {num_images} images needs {needed_bytes / MB:.0f} MB by estimate, and "
         f"{available / MB:.0f} MB were available; {', or '.join(advice)}."
     )
-
-
-def _data_are_gone(error, run):
-    return _name(error) in ("NotFoundError", "DataLossError")
-
-
-def _explain_data(error, run):
-    found = re.search(r"(\S+); No such file or directory", str(error))
-    what = f"{found[1]}, which is gone" if found else " ".join(str(error).split())[:200]
-    return (
-        f"the data must not change while a run reads them. Received: {what}; restore that, then continue with --resume "
-        f"{run.folder.path}."
-    )
-
-
-# The first row that matches explains the failure.
-FAILURES = (
-    Failure(_folder_is_gone, _explain_folder),
-    Failure(_disk_is_full, _explain_disk),
-    Failure(_memory_ran_out, _explain_memory),
-    Failure(_data_are_gone, _explain_data),
-)

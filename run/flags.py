@@ -3,10 +3,7 @@
 Defaults that depend on the data set or the scheme come from the rows of their tables.
 """
 
-from __future__ import annotations
-
 import argparse
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import fields
@@ -14,6 +11,7 @@ from pathlib import Path
 
 from core.config import Config
 from core.errors import UsageError
+from core.log import log
 from core.strategy import check as check_strategy
 from data import dataset_row
 from models import check_flags, default_input_size, keras_file
@@ -21,8 +19,6 @@ from run import folder as run_folder
 from run.parser import INTERVAL, NUM_BETTI_BATCHES, TIMINGS, TRUE, make_parser
 from selection import ALIASES, SCHEMES, SELECTION_FLAGS
 from training import caching, segments
-
-log = logging.getLogger("adabet")
 
 LITERT_FLAGS = ("litert_momentum", "litert_batch", "litert_frozen")
 AUTO_NAME = "auto"  # a --run_name that asks for a generated name, as in the published program

@@ -3,8 +3,6 @@
 Every file is complete at any time: a reader never finds a part of it.
 """
 
-from __future__ import annotations
-
 import csv
 import fcntl
 import hashlib
@@ -22,10 +20,9 @@ from pathlib import Path
 from core.config import Config
 from core.errors import RunError, UsageError
 from core.files import CHECKPOINTS, PARTIAL, write_whole
+from core.log import log
 from data import path_name
 from models import keras_file, short_name
-
-log = logging.getLogger("adabet")
 
 # Flags that do not change the results of training.
 _WITHOUT_EFFECT = {
@@ -190,10 +187,6 @@ class RunFolder:
     def write_json(self, name: str, content) -> None:
         """Writes `content` to the file `name`. Undefined values must be None: NaN raises ValueError."""
         write_whole(self.path / name, json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-
-    def write_metrics(self, rows: list[dict]) -> None:
-        """Writes metrics.csv with one row per epoch."""
-        self.write_csv("metrics.csv", rows)
 
     def write_csv(self, name: str, rows: list[dict]) -> None:
         """Writes a table to the file `name`. The keys, equal in all rows, are the columns."""

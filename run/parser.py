@@ -4,9 +4,8 @@ Choices, defaults and help lines come from the tables of models, data and scheme
 No framework is imported here, so that --help and a wrong flag answer at once.
 """
 
-from __future__ import annotations
-
 import argparse
+import functools
 import math
 from collections.abc import Callable
 
@@ -40,283 +39,222 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"AdaBet in TensorFlow {VERSION}")
-    _add_network(parser.add_argument_group("network"))
-    _add_data(parser.add_argument_group("data"))
-    _add_selection(parser.add_argument_group("selection"))
-    _add_training(parser.add_argument_group("training"))
-    _add_cache(parser.add_argument_group("cached features of the frozen layers"))
-    _add_output(parser.add_argument_group("output"))
+    _add_network(functools.partial(_flag, parser.add_argument_group("network")))
+    _add_data(functools.partial(_flag, parser.add_argument_group("data")))
+    _add_selection(functools.partial(_flag, parser.add_argument_group("selection")))
+    _add_training(functools.partial(_flag, parser.add_argument_group("training")))
+    _add_cache(functools.partial(_flag, parser.add_argument_group("cached features of the frozen layers")))
+    _add_output(functools.partial(_flag, parser.add_argument_group("output")))
     return parser
 
 
-def _add_network(group):
-    group.add_argument(
-        "--model_name",
-        type=_model_name,
-        default=Config.model_name,
-        metavar="NAME|PATH.keras",
-        help=f"{_rows(BACKBONES)}\nor another classifier of keras.applications (--list_models: all {len(MODELS)}),\n"
+def _flag(group, name, help, **settings):
+    """Adds a flag with Config's default, or with `default`; one that is true or false may stand without a value."""
+    settings = {"default": getattr(Config, name), **settings}
+    if isinstance(settings["default"], bool) and "nargs" not in settings:
+        settings |= {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
+    group.add_argument(f"--{name}", help=help, **settings)
+
+
+def _add_network(flag):
+    flag(
+        "model_name",
+        f"{_rows(BACKBONES)}\nor another classifier of keras.applications (--list_models: all {len(MODELS)}),\n"
         f"or a functional or Sequential model of your own in a .keras file\n{_DEFAULT}",
+        type=_model_name,
+        metavar="NAME|PATH.keras",
     )
-    group.add_argument(
-        "--model_alpha",
-        type=_real(0, math.inf, open_low=True, open_high=True),
+    flag(
+        "model_alpha",
+        "width of a MobileNet (--list_models: which; default: 1)",
+        type=_real(0, open_low=True),
         metavar="ALPHA",
-        help="width of a MobileNet (--list_models: which; default: 1)",
     )
-    group.add_argument("--list_models", **_switch(False), help="print all names of --model_name, and stop")
-    group.add_argument(
-        "--custom_objects", metavar="MODULE:NAME,...", help="custom classes of PATH.keras; only these are imported"
+    flag("list_models", "print all names of --model_name, and stop")
+    flag("custom_objects", "custom classes of PATH.keras; only these are imported", metavar="MODULE:NAME,...")
+    flag(
+        "keep_head",
+        "keep the classification layer of PATH.keras, without its softmax, if it is as wide as\nthe data have classes "
+        "(default: a new head replaces it)",
     )
-    group.add_argument(
-        "--keep_head",
-        **_switch(False),
-        help="keep the classification layer of PATH.keras, without its softmax, if it is as wide as\nthe data have "
-        "classes (default: a new head replaces it)",
-    )
-    group.add_argument(
-        "--preprocessing",
-        choices=FILE_PREPROCESSING,
-        help="what PATH.keras expects; none: RGB in 0..255; unit: 0..1; symmetric: -1..1;\ncaffe: BGR minus the mean; "
+    flag(
+        "preprocessing",
+        "what PATH.keras expects; none: RGB in 0..255; unit: 0..1; symmetric: -1..1;\ncaffe: BGR minus the mean; "
         "torch: mean 0 and standard deviation 1 (default: none)",
+        choices=FILE_PREPROCESSING,
     )
-    group.add_argument(
-        "--weights",
-        default=Config.weights,
-        metavar="{auto,imagenet,none,PATH}",
-        help="auto: ImageNet weights, or random ones with a warning if these are unavailable; PATH.keras: its own;\n"
+    flag(
+        "weights",
+        "auto: ImageNet weights, or random ones with a warning if these are unavailable; PATH.keras: its own;\n"
         "imagenet: ImageNet weights, or an error; none: random; PATH: a .keras, .weights.h5 or .h5 file\n" + _DEFAULT,
+        metavar="{auto,imagenet,none,PATH}",
     )
     sizes = f"{_by_data('input_size')}; at least the network's minimum; PATH.keras: the size that it fixes"
-    group.add_argument("--input_size", type=_integer(1), help=f"side of the square input in pixels\n(default: {sizes})")
-    group.add_argument(
-        "--bn_stats",
-        choices=("auto", "stored", "batch"),
-        default=Config.bn_stats,
-        help="statistics of batch normalization in training;\n"
+    flag("input_size", f"side of the square input in pixels\n(default: {sizes})", type=_integer(1), default=None)
+    flag(
+        "bn_stats",
+        "statistics of batch normalization in training;\n"
         "auto: stored with pretrained weights, batch with random ones\n" + _DEFAULT,
+        choices=("auto", "stored", "batch"),
     )
-    group.add_argument(
-        "--dropout",
-        type=_real(0, 1, open_high=True),
-        default=Config.dropout,
-        help="dropout rate before the head\n" + _DEFAULT,
-    )
+    flag("dropout", "dropout rate before the head\n" + _DEFAULT, type=_real(0, 1))
 
 
-def _add_data(group):
-    group.add_argument(
-        "--dataset_name",
-        default=Config.dataset_name,
-        help=f"{_rows(DATASETS)}\nor any TFDS data set with an image and a label\n{_DEFAULT}",
-    )
-    group.add_argument("--image_dir", help="folder of images for --dataset_name image_folder")
-    group.add_argument(
-        "--skip_bad_images",
-        **_switch(False),
-        help="leave out and list the images of --image_dir that cannot be read,\ninstead of refusing the folder\n"
+def _add_data(flag):
+    flag("dataset_name", f"{_rows(DATASETS)}\nor any TFDS data set with an image and a label\n{_DEFAULT}")
+    flag("image_dir", "folder of images for --dataset_name image_folder")
+    flag(
+        "skip_bad_images",
+        "leave out and list the images of --image_dir that cannot be read,\ninstead of refusing the folder\n"
         + _DEFAULT,
     )
-    group.add_argument("--data_dir", help="TFDS folder (default: ~/tensorflow_datasets)")
-    group.add_argument(
-        "--prepare_only", **_switch(False), help="download the data set and the ImageNet weights, and stop"
-    )
-    group.add_argument("--num_classes", type=_integer(2), help="checked against the data's own class count")
-    group.add_argument(
-        "--protocol",
-        choices=("validation", "paper"),
-        default=Config.protocol,
-        help="validation: held-out training images choose the epoch, and the test split is read once;\n"
+    flag("data_dir", "TFDS folder (default: ~/tensorflow_datasets)")
+    flag("prepare_only", "download the data set and the ImageNet weights, and stop")
+    flag("num_classes", "checked against the data's own class count", type=_integer(2))
+    flag(
+        "protocol",
+        "validation: held-out training images choose the epoch, and the test split is read once;\n"
         "paper: the best test epoch is reported, as published\n" + _DEFAULT,
+        choices=("validation", "paper"),
     )
-    group.add_argument(
-        "--augment", **_switch(Config.augment), help="random flips and rotations of training images\n" + _DEFAULT
-    )
-    group.add_argument("--limit_train", type=_integer(1), help="training images to use, stratified (default: all)")
-    group.add_argument("--limit_test", type=_integer(1), help="test images to use, stratified (default: all)")
+    flag("augment", "random flips and rotations of training images\n" + _DEFAULT)
+    flag("limit_train", "training images to use, stratified (default: all)", type=_integer(1))
+    flag("limit_test", "test images to use, stratified (default: all)", type=_integer(1))
 
 
-def _add_selection(group):
-    group.add_argument(
-        "--train_type",
-        choices=[*SCHEMES, *ALIASES],
-        default=Config.train_type,
-        metavar="SCHEME",
-        help=f"{_rows(SCHEMES)}\n{_DEFAULT}",
-    )
-    group.add_argument(
-        "--rho",
-        type=_real(0, 1, open_low=True),
-        help="share of the layers that train; for elastic_training, of the time of a full step\n"
+def _add_selection(flag):
+    flag("train_type", f"{_rows(SCHEMES)}\n{_DEFAULT}", choices=[*SCHEMES, *ALIASES], metavar="SCHEME")
+    flag(
+        "rho",
+        "share of the layers that train; for elastic_training, of the time of a full step\n"
         f"(default: {_by_scheme('rho', lambda row: 'rho' in row.reads)})",
+        type=_real(0, 1, open_low=True, open_high=False),
+        default=None,
     )
-    group.add_argument(
-        "--interval",
+    flag(
+        "interval",
+        f"epochs between re-selections or prunings, for schemes that have them (default: {INTERVAL})",
         type=_integer(1, accept_float=True),
-        help=f"epochs between re-selections or prunings, for schemes that have them (default: {INTERVAL})",
     )
-    group.add_argument(
-        "--timing",
-        choices=TIMINGS,
-        help="for elastic_training: the cost of training a weight, measured on this device or counted in FLOPs\n"
+    flag(
+        "timing",
+        "for elastic_training: the cost of training a weight, measured on this device or counted in FLOPs\n"
         f"(default: {TIMINGS[0]})",
+        choices=TIMINGS,
     )
-    group.add_argument(
-        "--num_betti_batches", type=_integer(1), help=f"batches that the ranking uses (default: {NUM_BETTI_BATCHES})"
+    flag(
+        "num_betti_batches",
+        f"batches that the ranking uses (default: {NUM_BETTI_BATCHES})",
+        type=_integer(1),
+        default=None,
     )
-    group.add_argument(
-        "--betti_points", type=_integer(MIN_POINTS), help="images per point cloud (default: --batch_size)"
-    )
-    group.add_argument("--layers", help="for listed_layers: a regular expression on layer paths, or @FILE with a list")
-    group.add_argument("--exclude_layers", metavar="REGEX", help="layers that must not be selected")
-    group.add_argument(
-        "--memory_budget_mb",
-        type=_real(0, math.inf, open_low=True, open_high=True),
-        metavar="MB",
-        help="train the longest prefix of the ranking whose estimated peak memory fits (1 MB is 10^6 bytes);\n"
+    flag("betti_points", "images per point cloud (default: --batch_size)", type=_integer(MIN_POINTS))
+    flag("layers", "for listed_layers: a regular expression on layer paths, or @FILE with a list")
+    flag("exclude_layers", "layers that must not be selected", metavar="REGEX")
+    flag(
+        "memory_budget_mb",
+        "train the longest prefix of the ranking whose estimated peak memory fits (1 MB is 10^6 bytes);\n"
         "replaces --rho, or bounds it if both are given",
+        type=_real(0, open_low=True),
+        metavar="MB",
     )
-    group.add_argument("--list_layers", **_switch(False), help="print the paths of the candidate layers, and stop")
-    group.add_argument("--select_only", **_switch(False), help="rank the layers, write the selection, and stop")
+    flag("list_layers", "print the paths of the candidate layers, and stop")
+    flag("select_only", "rank the layers, write the selection, and stop")
 
 
-def _add_training(group):
-    group.add_argument("--batch_size", type=_integer(1), default=Config.batch_size, help=_DEFAULT)
-    group.add_argument("--num_epochs", type=_integer(1), help=f"(default: {_by_data('num_epochs')})")
-    group.add_argument(
-        "--warmup_epochs",
+def _add_training(flag):
+    flag("batch_size", _DEFAULT, type=_integer(1))
+    flag("num_epochs", f"(default: {_by_data('num_epochs')})", type=_integer(1), default=None)
+    flag(
+        "warmup_epochs",
+        "epochs of --num_epochs that train the head alone; the selection follows\n" + _DEFAULT,
         type=_integer(0),
-        default=Config.warmup_epochs,
-        help="epochs of --num_epochs that train the head alone; the selection follows\n" + _DEFAULT,
     )
-    group.add_argument(
-        "--early_stopping",
+    flag(
+        "early_stopping",
+        "stop after this many epochs without a better validation accuracy, not counting the warm-up\n(default: never)",
         type=_integer(1),
         metavar="PATIENCE",
-        help="stop after this many epochs without a better validation accuracy, not counting the warm-up\n"
-        "(default: never)",
     )
-    group.add_argument("--optimizer", choices=("sgd", "adam"), default=Config.optimizer, help=_DEFAULT)
-    group.add_argument(
-        "--learning_rate",
-        type=_real(0, math.inf, open_low=True, open_high=True),
-        help=f"initial learning rate\n(default: {_by_scheme('learning_rate')})",
+    flag("optimizer", _DEFAULT, choices=("sgd", "adam"))
+    flag(
+        "learning_rate",
+        f"initial learning rate\n(default: {_by_scheme('learning_rate')})",
+        type=_real(0, open_low=True),
+        default=None,
     )
-    group.add_argument(
-        "--lr_schedule",
+    flag(
+        "lr_schedule",
+        "cosine: decay to 0 over the run; constant: no decay\n" + _DEFAULT,
         choices=("cosine", "constant"),
-        default=Config.lr_schedule,
-        help="cosine: decay to 0 over the run; constant: no decay\n" + _DEFAULT,
     )
-    group.add_argument(
-        "--momentum",
-        type=_real(0, 1, open_high=True),
-        default=Config.momentum,
-        help="momentum of sgd; 0 keeps no momentum slots in memory\n" + _DEFAULT,
-    )
-    group.add_argument(
-        "--weight_decay",
-        type=_real(0, math.inf, open_high=True),
-        default=Config.weight_decay,
-        help="decoupled weight decay\n" + _DEFAULT,
-    )
-    group.add_argument(
-        "--global_clipnorm",
-        type=_real(0, math.inf, open_high=True),
-        default=Config.global_clipnorm,
-        help="largest norm of a step's gradient; 0 is off\n" + _DEFAULT,
-    )
-    group.add_argument(
-        "--strategy",
-        choices=STRATEGIES,
-        default=Config.strategy,
-        help="mirrored: each batch is split over the devices of this machine\n" + _DEFAULT,
-    )
-    group.add_argument(
-        "--checkpoint_minutes",
-        type=_real(0, math.inf, open_high=True),
-        default=Config.checkpoint_minutes,
-        metavar="MINUTES",
-        help="a checkpoint is written after every epoch, and at this interval within long ones;\n0: after every step\n"
+    flag("momentum", "momentum of sgd; 0 keeps no momentum slots in memory\n" + _DEFAULT, type=_real(0, 1))
+    flag("weight_decay", "decoupled weight decay\n" + _DEFAULT, type=_real(0))
+    flag("global_clipnorm", "largest norm of a step's gradient; 0 is off\n" + _DEFAULT, type=_real(0))
+    flag("strategy", "mirrored: each batch is split over the devices of this machine\n" + _DEFAULT, choices=STRATEGIES)
+    flag(
+        "checkpoint_minutes",
+        "a checkpoint is written after every epoch, and at this interval within long ones;\n0: after every step\n"
         + _DEFAULT,
+        type=_real(0),
+        metavar="MINUTES",
     )
-    group.add_argument("--seed", type=_integer(0), default=Config.seed, help=_DEFAULT)
+    flag("seed", _DEFAULT, type=_integer(0))
 
 
-def _add_cache(group):
-    group.add_argument(
-        "--cache_features",
-        choices=caching.PLACES,
-        default=Config.cache_features,
-        help="compute the layers before the first one that trains only once, and train on their outputs;\n"
+def _add_cache(flag):
+    flag(
+        "cache_features",
+        "compute the layers before the first one that trains only once, and train on their outputs;\n"
         "auto: in memory or on disk if the result is the same and time is saved\n" + _DEFAULT,
+        choices=caching.PLACES,
     )
-    group.add_argument(
-        "--cached_views",
+    flag(
+        "cached_views",
+        "augmented views of each image to cache and use in turn (needed to cache with --augment)",
         type=_integer(1),
         metavar="V",
-        help="augmented views of each image to cache and use in turn (needed to cache with --augment)",
     )
-    group.add_argument(
-        "--cache_dtype",
-        choices=caching.DTYPES,
-        default=Config.cache_dtype,
-        help="float16: half the size, features rounded to 11 bits\n" + _DEFAULT,
-    )
-    group.add_argument(
-        "--cache_dir", help="folder of features on disk (default: adabet/features in XDG_CACHE_HOME or ~/.cache)"
-    )
-    group.add_argument(
-        "--cache_limit_gb",
-        type=_real(0, math.inf, open_low=True, open_high=True),
-        default=Config.cache_limit_gb,
-        metavar="GB",
-        help="largest total size of the features in --cache_dir; the least recently used are deleted\n"
+    flag("cache_dtype", "float16: half the size, features rounded to 11 bits\n" + _DEFAULT, choices=caching.DTYPES)
+    flag("cache_dir", "folder of features on disk (default: adabet/features in XDG_CACHE_HOME or ~/.cache)")
+    flag(
+        "cache_limit_gb",
+        "largest total size of the features in --cache_dir; the least recently used are deleted\n"
         "(1 GB is 10^9 bytes) " + _DEFAULT,
+        type=_real(0, open_low=True),
+        metavar="GB",
     )
-    group.add_argument("--clear_cache", **_switch(False), help="delete the features that no run uses, and stop")
+    flag("clear_cache", "delete the features that no run uses, and stop")
 
 
-def _add_output(group):
-    group.add_argument("--log_dir", default=Config.log_dir, help="folder that contains the run folders\n" + _DEFAULT)
-    group.add_argument("--run_name", help="auto: made from model, data set, scheme, rho and seed (default: auto)")
-    group.add_argument(
-        "--resume",
+def _add_output(flag):
+    flag("log_dir", "folder that contains the run folders\n" + _DEFAULT)
+    flag("run_name", "auto: made from model, data set, scheme, rho and seed (default: auto)")
+    flag(
+        "resume",
+        "continue an interrupted run with its own flags;\n"
+        "without RUN_FOLDER: continue the run of --run_name, or start it",
         nargs="?",
         const=True,
-        default=Config.resume,
         metavar="RUN_FOLDER",
-        help="continue an interrupted run with its own flags;\n"
-        "without RUN_FOLDER: continue the run of --run_name, or start it",
     )
-    group.add_argument(
-        "--evaluate",
-        metavar="RUN_FOLDER|PATH.keras",
-        help="evaluate a saved model on the test split, write LOG_DIR/NAME_evaluation/, and stop;\n"
+    flag(
+        "evaluate",
+        "evaluate a saved model on the test split, write LOG_DIR/NAME_evaluation/, and stop;\n"
         "a run is evaluated on its own data",
+        metavar="RUN_FOLDER|PATH.keras",
     )
-    group.add_argument("--save_model", **_switch(False), help="write model.keras, which plain Keras loads\n" + _DEFAULT)
-    group.add_argument("--save_txt", **_switch(False), help="write RUN_NAME.txt with hours and accuracy\n" + _DEFAULT)
-    group.add_argument(
-        "--save_litert",
-        **_switch(False),
-        help="write model.tflite, which LiteRT trains further on a device\n" + _DEFAULT,
+    flag("save_model", "write model.keras, which plain Keras loads\n" + _DEFAULT)
+    flag("save_txt", "write RUN_NAME.txt with hours and accuracy\n" + _DEFAULT)
+    flag("save_litert", "write model.tflite, which LiteRT trains further on a device\n" + _DEFAULT)
+    flag(
+        "litert_momentum",
+        "momentum of SGD in model.tflite; 0 leaves out its variables (default: --momentum)",
+        type=_real(0, 1),
     )
-    group.add_argument(
-        "--litert_momentum",
-        type=_real(0, 1, open_high=True),
-        help="momentum of SGD in model.tflite; 0 leaves out its variables (default: --momentum)",
-    )
-    group.add_argument(
-        "--litert_batch", type=_integer(1), help="images of a training step in model.tflite (default: --batch_size)"
-    )
-    group.add_argument(
-        "--litert_frozen",
-        choices=FROZEN,
-        default=Config.litert_frozen,
-        help="how model.tflite stores the large weights that do not train\n" + _DEFAULT,
-    )
-    group.add_argument("--debug", **_switch(False), help="show tracebacks\n" + _DEFAULT)
+    flag("litert_batch", "images of a training step in model.tflite (default: --batch_size)", type=_integer(1))
+    flag("litert_frozen", "how model.tflite stores the large weights that do not train\n" + _DEFAULT, choices=FROZEN)
+    flag("debug", "show tracebacks\n" + _DEFAULT)
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -344,10 +282,6 @@ def _by_scheme(field, applies=lambda row: True):
         if value != common:
             others.setdefault(value, []).append(name)
     return f"{common:g}" + "".join(f"; {value:g} for {', '.join(names)}" for value, names in others.items())
-
-
-def _switch(default):
-    return {"type": _boolean, "nargs": "?", "const": True, "default": default, "metavar": "BOOL"}
 
 
 def _boolean(text):
@@ -380,7 +314,7 @@ def _integer(least: int, accept_float: bool = False) -> Callable[[str], int]:
     return parse
 
 
-def _real(low: float, high: float, open_low: bool = False, open_high: bool = False) -> Callable[[str], float]:
+def _real(low: float, high: float = math.inf, open_low: bool = False, open_high: bool = True) -> Callable[[str], float]:
     """Returns a parser of numbers in an interval."""
     rule = f"{'over' if open_low else 'at least'} {low:g}"
     if math.isfinite(high):

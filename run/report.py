@@ -3,9 +3,6 @@
 Pure functions from results to dicts and text. `run/folder.py` writes them.
 """
 
-from __future__ import annotations
-
-import logging
 import math
 import statistics
 from collections.abc import Sequence
@@ -15,14 +12,13 @@ from typing import Any
 from core.config import Config
 from core.environment import device_facts
 from core.errors import UsageError
+from core.log import log
 from core.units import MB
 from memory.measure import peak_rss_bytes
 from run.folder import RunFolder, fingerprint, library_versions
 from selection import SUMMARY_FACTS
 from selection.ranking import Selection
 from training.result import Result
-
-log = logging.getLogger("adabet")
 
 # Probability that guessing passes for learning.
 _BY_CHANCE = 1e-3

@@ -14,9 +14,7 @@ the run's batch and input size.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,12 +23,14 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 import runs as run_folders
 from matplotlib.ticker import MaxNLocator
 
 from core.config import Config
 from core.errors import UsageError
 from core.units import MB
+from memory.fresh_process import measure_peak
 from selection import SCHEMES
 
 # The colours of Okabe and Ito, distinct for colour-blind readers; markers and dashes distinguish them in grey.
@@ -107,6 +107,14 @@ def styles(names):
     return {name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
 
 
+def finish(figure, axes, title, ncols=3):
+    """Adds the title, and below the panels the legend of the first, a Pareto front last."""
+    figure.suptitle(title, x=0.01, ha="left", fontsize=9)
+    figure.tight_layout()
+    entries = sorted(zip(*axes[0].get_legend_handles_labels()), key=lambda entry: entry[1] == "Pareto front")
+    figure.legend(*zip(*entries), loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=ncols, fontsize=8)
+
+
 # ---------------------------------------------------------------- (a) Betti profile
 
 
@@ -123,29 +131,23 @@ def profile(found):
             continue
         drawn.add(run.pair + run.scheme)
         layers = selection["layers"]
-        place = range(1, len(layers) + 1)
-        chosen = [row["selected"] for row in layers]
+        place = np.arange(1, len(layers) + 1)
         figure, axes = plt.subplots(2, 1, figsize=(7, 3.8), sharex=True)
-        panels = (("betti_1", "b1 (H1 bars)"), ("score", "score"))
-        for axis, (key, label) in zip(axes, panels):
-            values = [row[key] for row in layers]
-            colours = [RED if is_chosen else SKY for is_chosen in chosen]
-            axis.vlines(place, 0 if key == "betti_1" else min((v for v in values if v), default=1) / 2,
-                        [value or 0 for value in values], colors=colours, linewidth=1.2)  # fmt: skip
-            for is_chosen, colour, marker, size, name in (
-                (False, SKY, "o", 9, "frozen"),
-                (True, RED, "D", 18, "selected"),
+        chosen = np.array([row["selected"] for row in layers])
+        for axis, key, label in ((axes[0], "betti_1", "b1 (H1 bars)"), (axes[1], "score", "score")):
+            values = np.array([row[key] for row in layers], float)  # NaN draws nothing
+            bottom = 0 if key == "betti_1" else min(values[values > 0], default=1) / 2
+            axis.vlines(place, bottom, values, colors=np.where(chosen, RED, SKY), linewidth=1.2)
+            for name, where, colour, marker, size in (
+                ("frozen", ~chosen, SKY, "o", 9),
+                ("selected", chosen, RED, "D", 18),
             ):
-                points = [(x, v) for x, v, c in zip(place, values, chosen) if c == is_chosen and v is not None]
-                axis.scatter(
-                    *zip(*points) if points else ([], []), s=size, c=colour, marker=marker, label=name, zorder=3
-                )
-            axis.set_ylabel(label)
+                axis.scatter(place[where], values[where], s=size, c=colour, marker=marker, label=name, zorder=3)
+            axis.set(xlim=(0, len(layers) + 1), ylabel=label)
             axis.grid(axis="y")
         if any(row["score"] for row in layers):
             axes[1].set_yscale("log")
         axes[1].set_xlabel("layer, in forward order")
-        axes[1].set_xlim(0, len(layers) + 1)
         axes[0].set_ylim(bottom=0)
         scheme, rho = run.scheme
         axes[0].set_title(
@@ -180,18 +182,13 @@ def memory(found):
             continue
         figure, axis = plt.subplots(figsize=(1.6 + 1.7 * len(figures), 3))
         names = ("inference", f"AdaBet, rho {SCHEMES[ADABET].rho:g}", "full training")
-        for i, (name, colour, hatch) in enumerate(zip(names, (GREY, BLUE, ORANGE), ("", "//", ".."))):
-            heights = [peaks[i] and peaks[i] / MB for peaks in figures.values()]
-            places = [x + 0.27 * (i - 1) for x in range(len(figures))]
-            known = [(x, height) for x, height in zip(places, heights) if height is not None]
-            if not known:
-                continue
-            bars = axis.bar(
-                *zip(*known), width=0.25, color=colour, hatch=hatch, edgecolor="white", linewidth=0, label=name
-            )
+        heights = dict(zip(names, np.array(list(figures.values()), float).T / MB))
+        drawn = axis.grouped_bar(
+            heights, tick_labels=list(figures), colors=(GREY, BLUE, ORANGE), edgecolor="white", linewidth=0
+        )
+        for bars, hatch in zip(drawn.bar_containers, ("", "//", "..")):
+            plt.setp(bars, hatch=hatch)
             axis.bar_label(bars, fmt="%.0f", fontsize=8, padding=1)
-        axis.set_xticks(range(len(figures)), list(figures))
-        axis.set_xlim(-0.6, len(figures) - 0.4)
         axis.set_ylabel("peak memory, measured (MB)")
         axis.grid(axis="y")
         axis.set_title(dataset, loc="left", fontsize=9, pad=24)
@@ -211,35 +208,13 @@ def inference_peak_bytes(config):
     Args:
         config: dict. A run's config.json.
     """
-    wanted = {key: config[key] for key in ("model_name", "input_size", "batch_size", "num_classes")}
-    result = subprocess.run([sys.executable, __file__, "--measure", json.dumps(wanted)], capture_output=True, text=True)
-    if result.returncode:
-        print(
-            f"inference of {config['model_name']} cannot be measured: {result.stderr.strip()[-300:]}", file=sys.stderr
-        )
+    names = ("model_name", "model_alpha", "custom_objects", "input_size", "batch_size")
+    try:
+        cfg = Config(weights="none", **{name: config[name] for name in names})
+        return measure_peak(cfg, config["num_classes"], "inference").bytes
+    except Exception as error:  # a network of the user's own can raise anything
+        print(f"inference of {config['model_name']} cannot be measured: {error}", file=sys.stderr)
         return None
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def measure_inference(wanted):
-    """Prints the peak of a forward pass, in the process of `inference_peak_bytes`."""
-    from core import environment
-
-    environment.load_tensorflow()
-    import tensorflow as tf
-
-    import models
-    from memory.measure import measured_peak
-
-    size = wanted["input_size"]
-    model = models.assemble(Config(model_name=wanted["model_name"], input_size=size), wanted["num_classes"]).model
-    images = tf.zeros((wanted["batch_size"], size, size, 3))
-    forward = tf.function(lambda batch: model(batch, training=False), jit_compile=False)
-    forward(images)  # traces, and warms up
-    with measured_peak() as peak:
-        forward(images)
-    print(json.dumps(peak.bytes))
-    return 0
 
 
 # ---------------------------------------------------------------- (c) accuracy against cost
@@ -277,12 +252,7 @@ def tradeoff(found):
             axis.set_xlim(left=0)
             axis.grid()
         axes[0].set_ylabel("test accuracy (%)")
-        figure.suptitle(f"{pair[0]} on {pair[1]}", x=0.01, ha="left", fontsize=9)
-        figure.tight_layout()
-        handles, names = axes[0].get_legend_handles_labels()
-        order = sorted(range(len(names)), key=lambda i: names[i] == "Pareto front")  # the schemes, then the front
-        figure.legend([handles[i] for i in order], [names[i] for i in order], loc="upper center",
-                      bbox_to_anchor=(0.5, 0.02), ncols=3, fontsize=8)  # fmt: skip
+        finish(figure, axes, f"{pair[0]} on {pair[1]}")
         yield f"tradeoff_{stem}", figure
 
 
@@ -372,10 +342,7 @@ def curves(found):
             axis.set_xlabel("epoch")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid()
-        figure.suptitle(f"{pair[0]} on {pair[1]}", x=0.01, ha="left", fontsize=9)
-        figure.tight_layout()
-        handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=3, fontsize=8)
+        finish(figure, axes, f"{pair[0]} on {pair[1]}")
         yield f"curves_{stem}", figure
 
 
@@ -383,4 +350,4 @@ PICTURES = {"profile": profile, "memory": memory, "tradeoff": tradeoff, "rho": o
 
 
 if __name__ == "__main__":
-    sys.exit(measure_inference(json.loads(sys.argv[2])) if sys.argv[1:2] == ["--measure"] else main())
+    sys.exit(main())

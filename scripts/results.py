@@ -162,10 +162,7 @@ def picture(task):
     axes[1].set(xlabel="rho")
     for axis in axes:
         axis.grid()
-    figure.suptitle(task.name, x=0.01, ha="left", fontsize=9)
-    figure.tight_layout()
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=4, fontsize=8)
+    plot.finish(figure, axes, task.name, ncols=4)
     return figure
 
 

@@ -1,8 +1,8 @@
 """Reads run folders, unfinished ones too, for tables and plots."""
 
+import contextlib
 import csv
 import json
-import logging
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from sweeping.board import read_failures
+from sweeping.plan import quiet
 
 from core.config import Config
 from core.errors import UsageError
@@ -113,18 +114,11 @@ def _json(path):
 def _failed_without_a_folder(log_dir):
     """Returns the runs of a sweep that failed before they had a folder."""
     failed = []
-    log = logging.getLogger("adabet")
     for name, failure in read_failures(log_dir).items():
-        if (log_dir / name).exists():
-            continue
-        level = log.level
-        log.setLevel(logging.ERROR)
-        try:
-            failed.append(Run(log_dir / name, asdict(flags.parse(failure["arguments"])), {}, "failed"))
-        except (UsageError, SystemExit):
-            pass  # flags of another version
-        finally:
-            log.setLevel(level)
+        # Flags of another version are left out.
+        with quiet(), contextlib.suppress(UsageError, SystemExit):
+            if not (log_dir / name).exists():
+                failed.append(Run(log_dir / name, asdict(flags.parse(failure["arguments"])), {}, "failed"))
     return failed
 
 
@@ -145,8 +139,6 @@ def settings(run):
     record = {key: value for key, value in run.config.items() if key in names}
     weights = run.config.get("weights_provenance") or {}
     found = {**decisive(record), "weights": (record.get("weights"), weights.get("sha256") or weights.get("source"))}
-    if not weights:
-        found["weights"] = (record.get("weights"), None)
     return {key: value for key, value in found.items() if key not in ("seed", "num_classes", "bn_stats")}
 
 

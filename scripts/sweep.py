@@ -15,10 +15,7 @@ Runs end with the sweep: each watches a pipe that the kernel closes when the swe
 a sweep that is killed. The next sweep finds them running.
 """
 
-from __future__ import annotations
-
 import shlex
-import signal
 import sys
 from pathlib import Path
 
@@ -26,10 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from sweeping.board import Board
-from sweeping.launch import Terminated, check_jobs, prepare, run_here, terminate
+from sweeping.launch import check_jobs, prepare, run_here
 from sweeping.plan import finished_records, is_finished, make_parser, plan
 from sweeping.slurm import run_on_slurm
 
+from core import signals
 from core.errors import UsageError
 from run import flags
 
@@ -48,25 +46,25 @@ def main(argv=None, program=(str(ROOT / "main.py"),), itself=(sys.executable, __
         int. The exit code.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    before = signal.signal(signal.SIGTERM, terminate)
     try:
-        args, extra = make_parser().parse_known_args(flags.without_doubled_flags(argv))
-        runs = plan(args, extra)
-        check_jobs(args)
-        finished = finished_records(args.log_dir)
-        todo = [run for run in runs if not is_finished(run.cfg, finished)]
-        if args.dry_run:
-            for run in todo:
-                print(shlex.join(["python", "main.py", *run.argv]))
-            print(f"{len(runs)} runs, {len(runs) - len(todo)} of them already finished", file=sys.stderr)
-            return 0
-        with Board(runs, todo) as board:
-            ready = prepare(todo, args, program, board)
-            if args.launcher == "slurm":
-                run_on_slurm(ready, args, extra, itself, cluster, board)
-            else:
-                run_here(ready, args, program, board)
-        return board.conclude(args.log_dir)
+        with signals.handled():
+            args, extra = make_parser().parse_known_args(flags.without_doubled_flags(argv))
+            runs = plan(args, extra)
+            check_jobs(args)
+            finished = finished_records(args.log_dir)
+            todo = [run for run in runs if not is_finished(run.cfg, finished)]
+            if args.dry_run:
+                for run in todo:
+                    print(shlex.join(["python", "main.py", *run.argv]))
+                print(f"{len(runs)} runs, {len(runs) - len(todo)} of them already finished", file=sys.stderr)
+                return 0
+            with Board(runs, todo) as board:
+                ready = prepare(todo, args, program, board)
+                if args.launcher == "slurm":
+                    run_on_slurm(ready, args, extra, itself, cluster, board)
+                else:
+                    run_here(ready, args, program, board)
+            return board.conclude(args.log_dir)
     except SystemExit as stop:
         return stop.code
     except UsageError as error:
@@ -75,10 +73,8 @@ def main(argv=None, program=(str(ROOT / "main.py"),), itself=(sys.executable, __
     except KeyboardInterrupt:
         print("Interrupted; the same command continues the sweep.", file=sys.stderr)
         return 130
-    except Terminated:
+    except signals.Terminated:
         return 143
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

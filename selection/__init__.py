@@ -7,13 +7,11 @@ one, write a function with the arguments of those here and give it a row.
 No module here imports TensorFlow before a scheme runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from selection import baselines, elastic, fisher, prunetrain, rgn, spectrum, topology
+from selection import baselines, elastic, labelled, prunetrain, spectrum, topology
 from selection.ranking import Selection
 from selection.topology import rank_layers
 
@@ -28,11 +26,11 @@ class Scheme:
         help: str. One line for `--help`.
         select: function (network, batches, cfg) -> Selection, where
             `batches(points, count)` gives batches of (images, labels).
-        check: function (network, cfg, num_images) that raises UsageError for what the
-            scheme cannot work with, before anything is written. It only compares.
         reads: frozenset of str. The flags of selection that the scheme reads.
         learning_rate: float. Default of `--learning_rate`.
         rho: float. Default of `--rho`, for schemes that read it.
+        check: function (network, cfg, num_images) that raises UsageError for what the
+            scheme cannot work with, before anything is written. It only compares.
         measure: function (network, cfg, num_images) that measures what `check` and
             `select` compare, and keeps it for this process.
         restore: function (network, batches, cfg, Selection) -> Selection that gives a
@@ -42,10 +40,10 @@ class Scheme:
 
     help: str
     select: Callable[..., Selection]
-    check: Callable[..., None]
     reads: frozenset[str]
-    learning_rate: float
+    learning_rate: float = 1e-2
     rho: float = 0.1
+    check: Callable[..., None] = baselines.check_eligible
     measure: Callable[..., None] = lambda network, cfg, num_images: None
     restore: Callable[..., Selection] = lambda network, batches, cfg, selection: selection
     facts: tuple[str, ...] = ()
@@ -63,32 +61,20 @@ _EXCLUDE = frozenset({"exclude_layers"})
 
 
 def _topology(scheme, help):
-    return Scheme(
-        help, partial(topology.select, scheme=scheme), topology.check, _RANKING | {"betti_points"}, learning_rate=1e-2
-    )
+    return Scheme(help, partial(topology.select, scheme=scheme), _RANKING | {"betti_points"}, check=topology.check)
 
 
-def _labelled(select, help):
-    return Scheme(help, select, baselines.check_eligible, _RANKING, learning_rate=1e-2)
-
-
-def _elastic(select, importance, help):
-    restore = partial(elastic.restore, importance=importance)
+def _elastic(importance, help):
     return Scheme(
         help,
-        select,
-        elastic.check,
+        partial(elastic.select, importance=importance),
         _ELASTIC,
-        learning_rate=1e-2,
         rho=0.533,
+        check=elastic.check,
         measure=elastic.measure,
-        restore=restore,
+        restore=partial(elastic.restore, importance=importance),
         facts=elastic.FACTS,
     )
-
-
-def _control(select, help, learning_rate):
-    return Scheme(help, select, baselines.check_eligible, _CONTROL, learning_rate)
 
 
 SCHEMES = {
@@ -97,53 +83,53 @@ SCHEMES = {
     ),
     "betti_train": _topology("betti_train", "the top rho by b1"),
     "weight_norm_betti_train": _topology("weight_norm_betti_train", "the top rho by b1 / number of weights"),
-    "full_training": Scheme("every weight", baselines.everything, baselines.check_eligible, _EXCLUDE, 1e-2),
-    "traditional_tl_training": Scheme(
-        "the head alone", baselines.head_only, baselines.check_nothing, frozenset(), 1e-2
-    ),
+    "full_training": Scheme("every weight", baselines.everything, _EXCLUDE),
+    "traditional_tl_training": Scheme("the head alone", baselines.head_only, frozenset()),
     "bn_plus_bias_training": Scheme(
         "scales, shifts and biases of all layers, and the head",
         baselines.norms_and_biases,
-        baselines.check_eligible,
         _EXCLUDE,
         learning_rate=3e-2,
     ),
-    "fisher": _labelled(fisher.fisher, "the top rho by mean (activation x gradient)^2 / 2, as published; uses labels"),
-    "fisher_channels": _labelled(
-        fisher.fisher_channels, "the top rho by Fisher information of channels (Theis et al.); uses labels"
+    "fisher": Scheme(
+        "the top rho by mean (activation x gradient)^2 / 2, as published; uses labels", labelled.fisher, _RANKING
+    ),
+    "fisher_channels": Scheme(
+        "the top rho by Fisher information of channels (Theis et al.); uses labels", labelled.fisher_channels, _RANKING
     ),
     # The learning rates of rgn and spectrum are those of similar schemes; they were not searched.
-    "rgn": _labelled(rgn.rgn, "the top rho by gradient norm / weight norm; uses labels"),
-    "spectrum": _control(
-        spectrum.spectrum, "the top rho by signal-to-noise of the kernels' singular values; uses no image", 1e-2
+    "rgn": Scheme("the top rho by gradient norm / weight norm; uses labels", labelled.rgn, _RANKING),
+    "spectrum": Scheme(
+        "the top rho by signal-to-noise of the kernels' singular values; uses no image", spectrum.spectrum, _CONTROL
     ),
     "elastic_training": _elastic(
-        elastic.by_update,
         elastic.update_importance,
         "ElasticTrainer: weights by importance and time, selected again; rho is a share of time",
     ),
     "elastic_training_weight_magnitude": _elastic(
-        elastic.by_weight_magnitude, elastic.weight_magnitude, "the same; importance is the weights' magnitude"
+        elastic.weight_magnitude, "the same; importance is the weights' magnitude"
     ),
     "elastic_training_grad_magnitude": _elastic(
-        elastic.by_gradient_magnitude, elastic.gradient_magnitude, "the same; importance is the gradients' magnitude"
+        elastic.gradient_magnitude, "the same; importance is the gradients' magnitude"
     ),
     "prunetrain": Scheme(
         "PruneTrain: every weight, under group lasso; emptied channels are pruned",
         prunetrain.prunetrain,
-        baselines.check_eligible,
         _EXCLUDE | {"interval"},
-        learning_rate=1e-2,
         restore=prunetrain.restore,
         facts=prunetrain.FACTS,
     ),
-    "random_layers": _control(baselines.at_random, "control: rho of the layers, at random by --seed", 3e-2),
-    "last_layers": _control(baselines.nearest_the_output, "control: the rho of the layers nearest the output", 3e-2),
-    "smallest_activations": _control(
-        baselines.smallest_activation, "control: the rho of the layers with the smallest activations", 1e-2
+    "random_layers": Scheme(
+        "control: rho of the layers, at random by --seed", baselines.at_random, _CONTROL, learning_rate=3e-2
+    ),
+    "last_layers": Scheme(
+        "control: the rho of the layers nearest the output", baselines.nearest_the_output, _CONTROL, learning_rate=3e-2
+    ),
+    "smallest_activations": Scheme(
+        "control: the rho of the layers with the smallest activations", baselines.smallest_activation, _CONTROL
     ),
     "listed_layers": Scheme(
-        "the layers of --layers", baselines.listed, baselines.check_listed, _EXCLUDE | {"layers"}, learning_rate=1e-2
+        "the layers of --layers", baselines.listed, _EXCLUDE | {"layers"}, check=baselines.check_listed
     ),
 }
 

@@ -5,8 +5,6 @@ appears in the traced pass, and is then released. The next layer waits for that,
 that no activation lives longer than in plain inference.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor

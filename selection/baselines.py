@@ -1,7 +1,5 @@
 """Schemes that look at no image: fixed sets of weights, and control rankings."""
 
-from __future__ import annotations
-
 import difflib
 import json
 from collections.abc import Callable
@@ -44,10 +42,6 @@ def norms_and_biases(network, batches: Callable, cfg: Config) -> Selection:
 def listed(network, batches: Callable, cfg: Config) -> Selection:
     """Trains the layers that `--layers` names, and the head."""
     return select_layers(network, _listed_paths(network, cfg))
-
-
-def check_nothing(network, cfg: Config, num_images: int) -> None:
-    """Accepts everything."""
 
 
 def check_eligible(network, cfg: Config, num_images: int) -> None:

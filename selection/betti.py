@@ -5,8 +5,6 @@ Euclidean distances, coefficients in Z/2, every bar with death > birth, no thres
 (arXiv 2510.03101).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,26 +22,17 @@ _BYTES_PER_POINT_SQUARED = 64
 _WORTH_THREADS_S = 0.05
 
 
-def betti_1(distances: np.ndarray) -> int:
-    """Returns the first Betti number of one point cloud.
-
-    Args:
-        distances: array of shape (n, n), any real dtype. Finite, symmetric, zero on the
-            diagonal, not negative.
-
-    Raises:
-        ValueError: if the matrix breaks one of these rules.
-    """
-    return betti_1_of_each([distances])[0]
-
-
 def betti_1_of_each(matrices: Sequence[np.ndarray], num_threads: int = 1) -> list[int]:
     """Returns the first Betti number of each distance matrix.
 
     Args:
-        matrices: list of arrays of shape (n, n), as `betti_1` takes them.
+        matrices: list of arrays of shape (n, n), any real dtype. Finite, symmetric, zero on
+            the diagonal, not negative.
         num_threads: int. The largest number of threads, for large clouds; gudhi
             releases the interpreter lock.
+
+    Raises:
+        ValueError: if a matrix breaks one of these rules.
     """
     from gudhi.sklearn.rips_persistence import RipsPersistence  # takes a second to import
 

@@ -6,8 +6,6 @@ are then exact, and a point cloud far from the origin loses no digits, as it wou
 in a Gram matrix.
 """
 
-from __future__ import annotations
-
 from concurrent.futures import Executor
 
 import numba

@@ -13,10 +13,7 @@ Differences from the published code:
 * Every importance is divided by its largest absolute value; there the magnitudes are not.
 """
 
-from __future__ import annotations
-
 import contextlib
-import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
@@ -24,6 +21,7 @@ import numpy as np
 
 from core.config import Config
 from core.errors import RunError, UsageError
+from core.log import log
 from selection.elastic_budget import backward_share, backward_time, most_important
 from selection.elastic_timing import (
     Timings,
@@ -36,24 +34,14 @@ from selection.elastic_timing import (
 )
 from selection.ranking import Selection, eligible_paths, select_weights
 
-log = logging.getLogger("adabet")
-
 FACTS = ("rho_achieved_predicted", "rho_achieved_measured")
 
 
-def by_update(network, batches: Callable, cfg: Config) -> Selection:
-    """Ranks a tensor by how much its part of one optimizer step reduces the loss."""
-    return _select(network, batches, cfg, update_importance)
-
-
-def by_weight_magnitude(network, batches: Callable, cfg: Config) -> Selection:
-    """Ranks a tensor by the sum of its absolute values."""
-    return _select(network, batches, cfg, weight_magnitude)
-
-
-def by_gradient_magnitude(network, batches: Callable, cfg: Config) -> Selection:
-    """Ranks a tensor by the sum of its gradient's absolute values."""
-    return _select(network, batches, cfg, gradient_magnitude)
+def select(network, batches: Callable, cfg: Config, importance: Callable) -> Selection:
+    """Selects by one of the importances below; the other arguments are those of every scheme."""
+    images, labels = next(iter(batches(cfg.batch_size, 1)))
+    cost = timings(network, cfg, int(images.shape[0]))
+    return _chooser(network, images, labels, cost, cfg, importance, [])(cfg.warmup_epochs)
 
 
 def measure(network, cfg: Config, num_images: int) -> None:
@@ -155,12 +143,6 @@ def restore(network, batches: Callable, cfg: Config, selection: Selection, impor
     ratios = [tuple(ratio) for ratio in selection.state["ratios"]]
     choose = _chooser(network, images, labels, cost, cfg, importance, ratios)
     return replace(selection, reselect=choose, facts=lambda: _achieved(ratios))
-
-
-def _select(network, batches, cfg, importance):
-    images, labels = next(iter(batches(cfg.batch_size, 1)))
-    cost = timings(network, cfg, int(images.shape[0]))
-    return _chooser(network, images, labels, cost, cfg, importance, [])(cfg.warmup_epochs)
 
 
 def _chooser(network, images, labels, cost, cfg, importance, ratios):

@@ -5,8 +5,6 @@ the first to the farthest selected one cost t_dy, the time to pass the error on 
 tensor before. NumPy in, indices out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

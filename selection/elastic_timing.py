@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import os
 import platform
@@ -27,8 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from core.config import Config
-
-log = logging.getLogger("adabet")
+from core.log import log
 
 # The fastest call counts: other load only makes a call slower.
 _REPEATS = 3  # at least

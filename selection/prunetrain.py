@@ -24,9 +24,6 @@ What differs:
   convolutions; the source knows convolutional networks only.
 """
 
-from __future__ import annotations
-
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,10 +31,9 @@ from typing import Any
 import numpy as np
 
 from core.config import Config
+from core.log import log
 from selection.baselines import everything
 from selection.ranking import Selection
-
-log = logging.getLogger("adabet")
 
 PENALTY_SHARE = 0.2  # of penalty + loss, before the first step
 THRESHOLD = 1e-4  # absolute value of a weight

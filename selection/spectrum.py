@@ -16,8 +16,6 @@ What differs:
   values show no noise, such as one of rank 1, where the source has infinity.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -7,7 +7,6 @@ them, and any Keras model from Python.
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from core.config import Config
 from core.environment import num_workers
 from core.errors import RunError, UsageError
+from core.log import log
 from core.units import GB, MB
 from selection.betti import MIN_POINTS, betti_1_of_each, predicted_cost
 from selection.ranking import Selection, eligible_paths, kendall_stability, select_top
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from models import Network
 
-log = logging.getLogger("adabet")
 
 # Limits of the predicted cost of a selection's Vietoris-Rips part.
 MAX_RIPS_S = 1800

@@ -8,8 +8,13 @@ from ripser import ripser
 from scipy.spatial.distance import pdist, squareform
 
 from selection import betti
-from selection.betti import betti_1, betti_1_of_each
+from selection.betti import betti_1_of_each
 from selection.distances import from_gram, pairwise_distances
+
+
+def betti_1(distances):
+    return betti_1_of_each([distances])[0]
+
 
 SQUARE = np.array([[0.0, 0], [1, 0], [1, 1], [0, 1]])
 

@@ -24,10 +24,15 @@ from core.config import Config
 from core.errors import UsageError
 from run import flags
 from run import folder as run_folder
-from selection.betti import betti_1, betti_1_of_each
+from selection.betti import betti_1_of_each
 from selection.distances import pairwise_distances
 from selection.elastic_budget import backward_time, most_important
 from selection.ranking import layer_budget, rank, select_top
+
+
+def betti_1(distances):
+    return betti_1_of_each([distances])[0]
+
 
 # The same examples at every run, however slow the machine is.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=150)

@@ -17,8 +17,9 @@ from core.errors import RunError, UsageError
 from memory.measure import Peak
 from models import batchnorm, channels
 from models.layers import watching
-from selection import SCHEMES, elastic, elastic_budget, elastic_timing, fisher, prunetrain, rgn, spectrum
-from selection.fisher import _mean_of_squares, _sum_over_channels
+from run.report import Progress
+from selection import SCHEMES, elastic, elastic_budget, elastic_timing, labelled, prunetrain, spectrum
+from selection.labelled import _mean_of_squares, _sum_over_channels
 from selection.ranking import select_layers
 
 pytestmark = pytest.mark.slow
@@ -83,7 +84,7 @@ class Folder:
     def write_json(self, name, content):
         self.files[name] = json.loads(json.dumps(content, allow_nan=False))
 
-    def write_metrics(self, rows):
+    def write_csv(self, name, rows):
         self.rows = list(rows)
 
 
@@ -128,7 +129,7 @@ def test_exactly_the_promised_weights_move(name, segments, tmp_path):
     cfg = config_of(name, layers="branch", rho=0.6 if name.startswith("elastic") else 0.34)
     chosen = SCHEMES[name].select(network, data.selection_batches, cfg)
     result = train.Result()
-    train.fine_tune(network, chosen, data, cfg, Folder(tmp_path), result)
+    train.fine_tune(Progress(cfg, Folder(tmp_path), data, network, chosen, result))
     assert len(segments) == (2 if chosen.reselect else 1) and len(result.epochs) == 2
     for before, after, promised in segments:
         assert moved(before, after) == promised
@@ -187,7 +188,7 @@ def test_equal_reselection_changes_no_bit(tmp_path):
                 again = lambda epoch, chosen=chosen: dataclasses.replace(chosen, reselect=again)
                 chosen = again(0)
             folder = Folder(tmp_path)
-            train.fine_tune(network, chosen, data, cfg, folder, train.Result())
+            train.fine_tune(Progress(cfg, folder, data, network, chosen, train.Result()))
             rows = [{key: row[key] for key in row if key != "seconds"} for row in folder.rows]
             outcomes.append((rows, values_of(network)))
     for part in (0, 1):
@@ -221,7 +222,7 @@ def test_best_epoch_is_restored_across_reselection(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "reselect", lambda *args: after_first.update(values_of(network)) or reselect(*args))
     monkeypatch.setattr(train.BestEpoch, "on_epoch_end", _first_is_best(train.BestEpoch.on_epoch_end))
     result, folder = train.Result(), Folder(tmp_path)
-    train.fine_tune(network, chosen, data, config_of("listed_layers"), folder, result)
+    train.fine_tune(Progress(config_of("listed_layers"), folder, data, network, chosen, result))
     assert result.best_epoch == 1 and not moved(after_first, values_of(network))
     (again,) = folder.files["selection.json"]["reselected"]
     assert again["epoch"] == 2 and again["selected"] == ["deep"] and again["head_added"]
@@ -256,7 +257,7 @@ def test_fisher_equals_a_slow_reference(make):
             expected[_mean_of_squares][n, i] = 0.5 * (product**2).mean()
             expected[_sum_over_channels][n, i] = 0.5 * (per_channel**2).sum()
     for reduce, reference in expected.items():
-        scores = fisher.information(network, batches, 2, reduce)
+        scores = labelled.information(network, batches, 2, reduce)
         np.testing.assert_allclose(scores, reference.reshape(2, 3, -1).mean(axis=1), rtol=2e-3, atol=1e-12)
 
 
@@ -264,7 +265,7 @@ def test_fisher_names_layer_with_non_finite_score():
     network = tiny_network()
     network.model.get_layer("deep").kernel.assign(np.full((3, 3, 8, 12), np.nan))
     with pytest.raises(RunError, match="finite.* in "):
-        fisher.fisher(network, Images().selection_batches, config_of("fisher"))
+        labelled.fisher(network, Images().selection_batches, config_of("fisher"))
 
 
 # ---------------------------------------------------------------- relative gradient norm, spectrum
@@ -289,7 +290,7 @@ def test_rgn_equals_a_slow_reference(make):
             mean = [sum(one[w.path] for one in of_batch) / 3 for w in candidate.weights]
             of_weights = np.concatenate([w.numpy().ravel() for w in candidate.weights]).astype(np.float64)
             expected[batch, i] = np.linalg.norm(np.concatenate([g.ravel() for g in mean])) / np.linalg.norm(of_weights)
-    np.testing.assert_allclose(rgn.relative_gradient_norms(network, batches, 2), expected, rtol=2e-3)
+    np.testing.assert_allclose(labelled.relative_gradient_norms(network, batches, 2), expected, rtol=2e-3)
     assert (expected > 0).all()
 
 
@@ -297,14 +298,14 @@ def test_rgn_names_layer_with_non_finite_score():
     network = tiny_network()
     network.model.get_layer("deep").kernel.assign(np.full((3, 3, 8, 12), np.nan))
     with pytest.raises(RunError, match="finite.* in "):
-        rgn.rgn(network, Images().selection_batches, config_of("rgn"))
+        labelled.rgn(network, Images().selection_batches, config_of("rgn"))
 
 
 def test_rgn_of_a_layer_of_zeros_is_finite():
     network = tiny_network()
     for weight in network.model.get_layer("branch").trainable_weights:
         weight.assign(np.zeros(weight.shape))
-    chosen = rgn.rgn(network, Images().selection_batches, config_of("rgn", rho=0.1))
+    chosen = labelled.rgn(network, Images().selection_batches, config_of("rgn", rho=0.1))
     assert all(np.isfinite(row["score"]) for row in chosen.layers) and chosen.selected == ("branch",)
 
 
@@ -489,7 +490,7 @@ def test_time_budget_for_head_alone_warns(caplog):
     least = cost.forward / (cost.forward + cost.backward)
     cfg = config_of("elastic_training", rho=least + 1e-6)
     elastic.check(network, cfg, 100)
-    chosen = elastic.by_update(network, Images().selection_batches, cfg)
+    chosen = elastic.select(network, Images().selection_batches, cfg, elastic.update_importance)
     assert chosen.trained_weights == ("head/kernel", "head/bias")
     with pytest.raises(UsageError, match=rf"over {least:.3f} here.*Received: 0.2"):
         elastic.check(network, config_of("elastic_training", rho=0.2), 100)
@@ -497,7 +498,7 @@ def test_time_budget_for_head_alone_warns(caplog):
 
 def test_excluded_layers_pass_the_error_and_stay_frozen():
     cfg = config_of("elastic_training", rho=1.0, exclude_layers="branch")
-    chosen = elastic.by_gradient_magnitude(tiny_network(), Images().selection_batches, cfg)
+    chosen = elastic.select(tiny_network(), Images().selection_batches, cfg, elastic.gradient_magnitude)
     assert chosen.selected == ("stem", "deep", "deep_bn", "head")
 
 
@@ -532,7 +533,7 @@ def test_pruned_channels_give_zero_and_stay_pruned(bn_stats, tmp_path, segments)
     chosen = prunetrain.prunetrain(network, data.selection_batches, cfg)
     folder, result = Folder(tmp_path), train.Result()
     before = values_of(network)
-    train.fine_tune(network, chosen, data, cfg, folder, result)
+    train.fine_tune(Progress(cfg, folder, data, network, chosen, result))
     dead = {"stem": 1, "branch": 2, "deep": 3}
     assert result.facts["channels_pruned"] == 6 and result.facts["channels"] == 28
     assert [again["pruned_channels"] for again in folder.files["selection.json"]["reselected"]] == [dead] * 2
@@ -562,7 +563,7 @@ def test_momentum_does_not_revive_pruned_channels(optimizer, tmp_path, monkeypat
     chosen = prunetrain.prunetrain(network, data.selection_batches, cfg)
     folder, result = Folder(tmp_path), train.Result()
     monkeypatch.setattr(train.BestEpoch, "restore", lambda self: None)  # the last epoch's weights
-    train.fine_tune(network, chosen, data, cfg, folder, result)
+    train.fine_tune(Progress(cfg, folder, data, network, chosen, result))
     (again,) = folder.files["selection.json"]["reselected"]
     assert again["pruned_channels"] == {"stem": 4, "branch": 4, "deep": 6}
     for path, count in again["pruned_channels"].items():
@@ -584,7 +585,7 @@ def test_penalty_has_its_share_and_only_in_training(tmp_path):
 
     folder = Folder(tmp_path)
     cfg = config_of("prunetrain", num_epochs=1, learning_rate=1e-9, weight_decay=0)
-    train.fine_tune(network, chosen, data, cfg, folder, train.Result())
+    train.fine_tune(Progress(cfg, folder, data, network, chosen, train.Result()))
     (row,) = folder.rows
     held_out = keras.losses.sparse_categorical_crossentropy(
         data.labels[:32], network.model(data.images[:32], training=False), from_logits=True
@@ -601,7 +602,7 @@ def test_strong_penalty_prunes_channels_that_stay_zero(tmp_path, monkeypatch, se
     chosen = prunetrain.prunetrain(network, data.selection_batches, cfg)
     folder, result = Folder(tmp_path), train.Result()
     monkeypatch.setattr(train.BestEpoch, "restore", lambda self: None)  # the last epoch's weights
-    train.fine_tune(network, chosen, data, cfg, folder, result)
+    train.fine_tune(Progress(cfg, folder, data, network, chosen, result))
     last = folder.files["selection.json"]["reselected"][-1]
     assert sum(last["pruned_channels"].values()) == result.facts["channels_pruned"] > 0
     assert sum(last["pruned_inputs"].values()) > 0 and result.facts["flops_remaining"] < 1

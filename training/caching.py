@@ -1,7 +1,5 @@
 """Which runs may train on cached features. Loads no framework, so that flags are checked at once."""
 
-from __future__ import annotations
-
 from core.config import Config
 from core.errors import UsageError
 

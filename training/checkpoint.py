@@ -13,11 +13,8 @@ no second copy of the network. Frozen weights are not written: they are as they
 were when the run began.
 """
 
-from __future__ import annotations
-
 import errno
 import json
-import logging
 import struct
 import zipfile
 import zlib
@@ -29,10 +26,9 @@ import numpy as np
 
 from core.errors import UsageError
 from core.files import CHECKPOINTS, whole_file
+from core.log import log
 from selection.ranking import Selection
 from training.result import Result
-
-log = logging.getLogger("adabet")
 
 KEPT = 2  # checkpoints of the training; the older one serves if the newer one is corrupt
 _RECORD = "record.json"

@@ -6,14 +6,11 @@ is on the disk. CACHE_DIR/KEY.lock is held by the run that writes, and shared by
 the runs that read.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import shutil
 import zlib
@@ -25,9 +22,8 @@ import numpy as np
 from core.config import Config
 from core.errors import RunError
 from core.files import PARTIAL
+from core.log import log
 from core.units import GB
-
-log = logging.getLogger("adabet")
 
 _RECORD = "record.json"
 _PIECE = 2**24  # bytes read at once

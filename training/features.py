@@ -5,10 +5,7 @@ gives batches in the order of `data.pipeline.Data`. `training/feature_files.py`
 keeps features on disk.
 """
 
-from __future__ import annotations
-
 import itertools
-import logging
 import math
 import os
 import time
@@ -20,6 +17,7 @@ import tensorflow as tf
 
 from core.config import Config
 from core.environment import device_facts
+from core.log import log
 from core.units import GB
 from core.version import VERSION
 from memory import budget, estimate
@@ -29,8 +27,6 @@ from models.freezing import freeze
 from training import feature_files
 from training.caching import obstacle_to_caching
 from training.result import Result, largest_known
-
-log = logging.getLogger("adabet")
 
 MEMORY_SHARE = 0.25  # of the machine's memory that `auto` gives to features
 MIN_SAVED = 0.1  # share of the operations of all epochs that `auto` must save
@@ -234,7 +230,7 @@ def load(network, data, cfg: Config, result: Result) -> Features:
     log.info("Features: ready in %.1f s", time.perf_counter() - start)
     batch, _ = next(iter(train[0]))
     result.peak_bytes = largest_known(result.peak_bytes, prefix.measured_bytes(batch))
-    estimated = estimate.bytes_of_inference(cut.prefix, estimate.batch_shape(cut.prefix, data.batch_size))
+    estimated = estimate.bytes_or_none(estimate.of_inference, cut.prefix, data.batch_size)
     if estimated is not None:
         result.estimated_bytes = largest_known(result.estimated_bytes, estimated + cut.outside_bytes(cut.prefix))
     return features

@@ -1,14 +1,10 @@
 """Checks that training has moved the selected weights and no others."""
 
-from __future__ import annotations
-
-import logging
 import zlib
 from collections.abc import Collection
 
 from core.errors import RunError
-
-log = logging.getLogger("adabet")
+from core.log import log
 
 
 def checksums(network) -> dict[str, int]:

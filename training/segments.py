@@ -1,7 +1,5 @@
 """The epochs of a run, cut where it selects while it trains. Loads no framework, so that flags are checked at once."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from core.config import Config

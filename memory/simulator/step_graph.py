@@ -357,10 +357,6 @@ def _name_parts(ops, notes):
                 if (
                     scaled.type == "Mul"
                     and not scaled.inputs[1 - slot].shape
-                    and not _in_scope(scaled, notes.optimizer)
+                    and not scaled.name.startswith(f"{notes.optimizer}/")
                 ):
                     scaled.part = "gradients"
-
-
-def _in_scope(op, scope):
-    return op.name.startswith(scope + "/")

@@ -1,7 +1,5 @@
 """What a sweep shows and records: a live table on a terminal, plain lines in a log, one file per failure."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
@@ -115,6 +113,12 @@ def _result(run):
         ([] if accuracy is None else [f"accuracy {accuracy:.2f} %"])
         + ([] if seconds is None else [f"{seconds:.1f} s of training"])
     )
+
+
+def last_line(path: Path) -> str:
+    """Returns the last line of a program's output that is not empty, without the command before it."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip() and not line.startswith("$ ")), "")
 
 
 def failure_file(log_dir: str | Path, name: str) -> Path:

@@ -1,7 +1,5 @@
 """Runs a sweep's runs on this machine, each in a process that ends with the sweep."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import functools
@@ -18,16 +16,8 @@ from pathlib import Path
 from core.errors import UsageError
 from data import path_name
 from models import short_name
+from sweeping.board import last_line
 from sweeping.plan import Run, is_done
-
-
-class Terminated(BaseException):
-    """SIGTERM has arrived."""
-
-
-def terminate(signum, frame):
-    """Raises Terminated, as a handler of signals."""
-    raise Terminated
 
 
 class Busy(Exception):
@@ -105,8 +95,7 @@ class Child:
 
     def last_line(self) -> str:
         """Returns the last line of output that is not empty."""
-        lines = self.console.read_text(errors="replace").split("\n")[1:]
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return last_line(self.console)
 
 
 def prepare(runs: list[Run], args, program: Sequence[str], board) -> list[Run]:

@@ -1,7 +1,5 @@
 """What a sweep runs: its flags, its runs, and which of them are finished."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import hashlib
@@ -14,6 +12,7 @@ from pathlib import Path
 
 from core.config import Config
 from core.errors import UsageError
+from core.log import log
 from data import DATASETS, path_name
 from models import BACKBONES, short_name
 from run import flags
@@ -134,7 +133,7 @@ def plan(args: argparse.Namespace, extra: Sequence[str]) -> list[Run]:
         raise UsageError(f"--train_types takes {', '.join(SCHEMES)}. Received: {unknown[0]!r}.")
     rhos = _rhos_by_scheme(schemes, _listed("rhos", args))
     runs = {}
-    with _quiet():  # each run's own log has the warnings of main.py
+    with quiet():  # each run's own log has the warnings of main.py
         for seed, dataset, model, scheme in itertools.product(
             _listed("seeds", args), _listed("datasets", args), _listed("models", args), schemes
         ):
@@ -186,8 +185,8 @@ def _rhos_by_scheme(schemes, values):
 
 
 @contextlib.contextmanager
-def _quiet():
-    log = logging.getLogger("adabet")
+def quiet():
+    """Keeps main.py's warnings out of this process's output."""
     level = log.level
     log.setLevel(logging.ERROR)
     try:

@@ -5,8 +5,6 @@ for those that have not ended instead of submitting their runs again. squeue giv
 states of jobs, because it needs no accounting; submitit's sacct does.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -17,7 +15,7 @@ from pathlib import Path
 
 from core.errors import UsageError
 from core.files import write_whole
-from sweeping.board import FAILURES, Board, failure_file, failure_of
+from sweeping.board import FAILURES, Board, failure_file, failure_of, last_line
 from sweeping.plan import Run, is_done
 
 POLL_S = 2.0
@@ -115,16 +113,8 @@ def _report(run, job, state, log_dir, board):
     record = failure_of(log_dir, run.name) or {}
     console = Path(log_dir) / FAILURES / f"{run.name}.log"
     log = record.get("log") or (console if console.exists() else job.paths.stderr)
-    last = ENDED[state] or record.get("last_line") or _last_line(job.paths.stderr) or "the job ended without a result"
+    last = ENDED[state] or record.get("last_line") or last_line(job.paths.stderr) or "the job ended without a result"
     board.ended(run, "failed", record.get("exit_code"), last, log)
-
-
-def _last_line(path):
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def _as_ended(jobs, cluster) -> Iterator[tuple]:

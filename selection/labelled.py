@@ -1,4 +1,4 @@
-"""Layers ranked by the Fisher information of their outputs, with labels and gradients.
+"""Layers ranked by labels and gradients: the Fisher information of their outputs, and relative gradient norms.
 
 For a layer with output a on images n with losses L_n, let p = a * dL_n/da, element by
 element. There are two scores:
@@ -14,9 +14,17 @@ statistics, the images of a batch are independent and the gradients are those of
 images. On batch statistics an image also influences the losses of the others, and that
 is included. The published program differentiates the mean loss, which scales all
 scores by one constant.
-"""
 
-from __future__ import annotations
+`rgn` is the norm of the gradient of a layer's weights over the norm of the weights (Lee et
+al. 2023, arXiv 2210.11466, "Surgical Fine-Tuning Improves Adaptation to Distribution
+Shifts"). What differs from the source:
+
+* There the ratio scales each layer's learning rate and is computed again during training
+  (Auto-RGN). Here it is computed once, and the top rho of the layers train at one rate.
+* The weights of one layer count as one vector: a kernel and its bias have one score.
+
+Dropout is off, batch normalization runs by the network's policy, and nothing is updated.
+"""
 
 from collections.abc import Callable, Iterable
 
@@ -25,22 +33,48 @@ from tqdm import tqdm
 
 from core.config import Config
 from core.errors import RunError
+from selection.elastic_timing import gradient_function, tensors
 from selection.ranking import Selection, kendall_stability, select_top
+
+_LEAST_NORM = 1e-12  # of weights; keeps the score of a layer of zeros finite
 
 
 def fisher(network, batches: Callable, cfg: Config) -> Selection:
     """Selects by the mean over all elements of (activation * gradient)^2 / 2."""
-    return _select(network, batches, cfg, _mean_of_squares)
+    return _select(network, batches, cfg, information, _mean_of_squares)
 
 
 def fisher_channels(network, batches: Callable, cfg: Config) -> Selection:
     """Selects by the Fisher information of the layer's channels."""
-    return _select(network, batches, cfg, _sum_over_channels)
+    return _select(network, batches, cfg, information, _sum_over_channels)
 
 
-def _select(network, batches, cfg, reduce):
-    scores = information(network, batches(cfg.batch_size, cfg.num_betti_batches), cfg.num_betti_batches or 1, reduce)
+def rgn(network, batches: Callable, cfg: Config) -> Selection:
+    """Selects by gradient norm / weight norm, averaged over batches."""
+    return _select(network, batches, cfg, relative_gradient_norms)
+
+
+def _select(network, batches, cfg, score, *more):
+    num_batches = cfg.num_betti_batches or 1
+    scores = score(network, batches(cfg.batch_size, num_batches), num_batches, *more)
     return select_top(network, cfg, scores.mean(axis=0).tolist(), stability=kendall_stability(scores))
+
+
+def _on_batches(network, batches, num_batches, scores_of, what):
+    """Returns `scores_of(images, labels)` of every batch, float64 of shape (batches, candidates)."""
+    from models.batchnorm import statistics_kept  # loads Keras
+
+    rows: list[np.ndarray] = []
+    with statistics_kept(network.model, network.bn_stats):
+        for images, labels in tqdm(batches, "Selection", num_batches, unit="batch", leave=False, disable=None):
+            rows.append(np.array(scores_of(images, labels)))
+            for candidate, score in zip(network.candidates, rows[-1], strict=True):
+                if not np.isfinite(score):
+                    raise RunError(
+                        f"{what} must be finite. Received: {score} in {candidate.path}, batch {len(rows)}; check the "
+                        "weights, or try --bn_stats batch."
+                    )
+    return np.array(rows)
 
 
 def _mean_of_squares(product, layer):
@@ -65,9 +99,6 @@ def _sum_over_channels(product, layer):
 def information(network, batches: Iterable, num_batches: int, reduce: Callable) -> np.ndarray:
     """Returns the Fisher information of every candidate's output on every batch.
 
-    Dropout is off, batch normalization runs by the network's policy, and nothing is
-    updated.
-
     Args:
         network: models.Network.
         batches: iterable of (images, labels).
@@ -81,20 +112,12 @@ def information(network, batches: Iterable, num_batches: int, reduce: Callable) 
     Raises:
         RunError: if a score is not finite.
     """
-    from models.batchnorm import statistics_kept
+    backward_pass = _backward_pass(network, reduce)
 
-    rows: list[np.ndarray] = []
-    with statistics_kept(network.model, network.bn_stats):
-        backward_pass = _backward_pass(network, reduce)
-        for images, labels in tqdm(batches, "Selection", num_batches, unit="batch", leave=False, disable=None):
-            rows.append(np.array([np.mean(values, dtype=np.float64) / 2 for values in backward_pass(images, labels)]))
-            for candidate, score in zip(network.candidates, rows[-1], strict=True):
-                if not np.isfinite(score):
-                    raise RunError(
-                        f"Fisher information must be finite. Received: {score} in {candidate.path}, batch {len(rows)}; "
-                        "check the weights, or try --bn_stats batch."
-                    )
-    return np.array(rows)
+    def scores_of(images, labels):
+        return [np.mean(values, dtype=np.float64) / 2 for values in backward_pass(images, labels)]
+
+    return _on_batches(network, batches, num_batches, scores_of, "Fisher information")
 
 
 def _backward_pass(network, reduce):
@@ -130,3 +153,20 @@ def _backward_pass(network, reduce):
         return tape.gradient(loss, slots, unconnected_gradients="zero")
 
     return reduced_products
+
+
+def relative_gradient_norms(network, batches: Iterable, num_batches: int) -> np.ndarray:
+    """Returns ||dL/dw|| / ||w|| of every candidate on every batch, for the mean loss L; the rest as `information`."""
+    weight_norms = np.maximum(_layer_norms(network, [weight.numpy() for weight in tensors(network)]), _LEAST_NORM)
+    gradients_of = gradient_function(network, tensors(network))
+
+    def scores_of(images, labels):
+        return _layer_norms(network, [gradient.numpy() for gradient in gradients_of(images, labels)]) / weight_norms
+
+    return _on_batches(network, batches, num_batches, scores_of, "relative gradient norms")
+
+
+def _layer_norms(network, arrays):
+    """Returns the Euclidean norm of every candidate, from one array per tensor: float64 of shape (candidates,)."""
+    squares = iter([np.sum(np.square(array, dtype=np.float64)) for array in arrays])
+    return np.sqrt([sum(next(squares) for _ in candidate.weights) for candidate in network.candidates])

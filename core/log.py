@@ -1,0 +1,5 @@
+"""The program's logger."""
+
+import logging
+
+log = logging.getLogger("adabet")
