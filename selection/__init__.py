@@ -84,7 +84,9 @@ SCHEMES = {
     "betti_train": _topology("betti_train", "the top rho by b1"),
     "weight_norm_betti_train": _topology("weight_norm_betti_train", "the top rho by b1 / number of weights"),
     "full_training": Scheme("every weight", baselines.everything, _EXCLUDE),
-    "traditional_tl_training": Scheme("the head alone", baselines.head_only, frozenset()),
+    "traditional_tl_training": Scheme(
+        "the head alone", baselines.head_only, frozenset(), check=baselines.check_nothing
+    ),
     "bn_plus_bias_training": Scheme(
         "scales, shifts and biases of all layers, and the head",
         baselines.norms_and_biases,
