@@ -7,7 +7,10 @@ run: .venv/run.stamp
 	$(BIN)/python main.py --model_name resnet50 --train_type act_norm_betti_train --rho 0.1
 
 test: .venv/test.stamp
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not long" --numprocesses 2 --dist loadfile
+
+test-long: .venv/test.stamp
+	$(BIN)/python -m pytest -m long --numprocesses 2 --dist loadfile
 
 test-fast: .venv/test.stamp
 	$(BIN)/python -m pytest -m "not slow"
@@ -30,4 +33,4 @@ lint: .venv/test.stamp
 clean:
 	rm -rf .venv
 
-.PHONY: run test test-fast lint clean
+.PHONY: run test test-long test-fast lint clean
