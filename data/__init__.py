@@ -196,3 +196,7 @@ def check_flags(cfg: Config) -> None:
                 f"--{flag} needs --dataset_name image_folder. Received: --dataset_name {cfg.dataset_name}; change it, "
                 f"or leave out --{flag}."
             )
+    for flag in ("limit_train", "limit_test"):
+        limit = getattr(cfg, flag)
+        if limit is not None and limit < 1:
+            raise UsageError(f"--{flag} must be at least 1 image. Received: {limit}; leave it out for no limit.")
