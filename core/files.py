@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -27,12 +28,13 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: if the file cannot be written. A file that had the name before stays.
     """
-    temporary = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{PARTIAL}{path.name}.")
     try:
-        with open(temporary, "wb") as file:
+        with open(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):  # the folder may be gone
@@ -43,3 +45,9 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         os.fsync(folder)  # a power cut could undo the renaming otherwise
     finally:
         os.close(folder)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
