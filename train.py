@@ -23,7 +23,7 @@ from models.freezing import changing_variables, freeze
 from run import report
 from selection.ranking import Selection
 from training import features
-from training.callbacks import BestEpoch, Checkpointer, EpochClock, ProgressBar, StopWhenDiverged, restore
+from training.callbacks import BestEpoch, Checkpointer, EpochClock, ProgressBar, StopEarly, StopWhenDiverged, restore
 from training.checkpoint import Checkpoint
 from training.moved import check_what_moved, checksums
 from training.result import Result, largest_known
@@ -150,6 +150,7 @@ def train_segment(
             ProgressBar(cfg.num_epochs),
             keras.callbacks.TensorBoard(run.folder.path / "tensorboard", write_graph=False),
             checkpointer,
+            StopEarly(best),
         ]
         try:
             if steps_done:

@@ -129,7 +129,7 @@ def test_early_stopping_ends_a_run_and_its_resumption(run, tmp_path, monkeypatch
     assert run("warm", *flags, "--warmup_epochs", "2") == 0
     assert run("never", "--num_epochs", "3") == 0
     with monkeypatch.context() as patch:
-        at(callbacks.Checkpointer, ON_EPOCH, 3, terminate, patch)
+        at(callbacks.StopEarly, ON_EPOCH, 3, terminate, patch)
         assert run("resumed", *flags) == 143
     assert resume(tmp_path / "resumed") == 0
     assert "Resuming after epoch 3, step 0" in capsys.readouterr().err

@@ -137,6 +137,18 @@ class BestEpoch(keras.callbacks.Callback):
             variable.assign(value)
 
 
+class StopEarly(keras.callbacks.Callback):
+    """Stops the training when `best` is exhausted. It follows the Checkpointer, so that the epoch is saved."""
+
+    def __init__(self, best: BestEpoch):
+        super().__init__()
+        self.best = best
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.best.exhausted(epoch + 1):
+            self.model.stop_training = True
+
+
 class StopWhenDiverged(keras.callbacks.Callback):
     """Stops the training at the first step whose mean loss is not finite.
 
@@ -191,8 +203,7 @@ class ProgressBar(keras.callbacks.Callback):
 class Checkpointer(keras.callbacks.Callback):
     """Saves between steps: when an epoch ends, at a time interval, and when a signal has arrived.
 
-    It follows the other callbacks, so that it saves what the others have made of a step. It stops
-    the training when `best` is exhausted.
+    It follows the other callbacks, so that it saves what the others have made of a step.
 
     Attributes:
         seconds: float. Seconds spent saving.
@@ -259,7 +270,6 @@ class Checkpointer(keras.callbacks.Callback):
         self.first_step, self.metrics, self.epoch_s = 0, None, 0.0
         self.save(epoch + 1, 0)
         signals.check()
-        self.model.stop_training = self.best.exhausted(epoch + 1)
 
     def save(self, epoch: int, step: int) -> None:
         """Saves the training as it is.
