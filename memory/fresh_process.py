@@ -57,15 +57,19 @@ def figures(cfg: Config, num_classes: int) -> Figures:
     )
 
 
-def measure_peak(cfg: Config, num_classes: int, what: str = "training", trained_weights: Collection[str] = ()) -> Peak:
+def measure_peak(
+    cfg: Config, num_classes: int, what: str = "training", trained_weights: Collection[str] | None = None
+) -> Peak:
     """Measures a peak in a new process, which no earlier computation can influence.
 
     Args:
         cfg: Config. Network, scheme, optimizer and batch size.
         num_classes: int.
         what: str. `inference`: the second forward pass on one resident batch;
-            `training`: a training step on one resident batch, as in `measured_training_step`.
-        trained_weights: collection of str. Paths of the weights that train.
+            `selection`: the scheme's whole selection, on digits; `training`: a training
+            step on one resident batch, as in `measured_training_step`.
+        trained_weights: collection of str. Paths of the weights that train. None lets
+            the scheme select.
 
     Raises:
         ValueError: if `what` is none of these.
@@ -91,6 +95,12 @@ def _measure(cfg, num_classes, what, trained_weights):
     return MEASUREMENTS[what](build(cfg, num_classes), cfg, num_classes, trained_weights)
 
 
+def _selection(network, cfg, num_classes, trained_weights):
+    with measured_peak() as peak:
+        select(network, cfg)
+    return peak
+
+
 def _inference(network, cfg, num_classes, trained_weights):
     import tensorflow as tf
 
@@ -105,13 +115,15 @@ def _inference(network, cfg, num_classes, trained_weights):
 def _training(network, cfg, num_classes, trained_weights):
     from models.freezing import changing_variables
 
+    if trained_weights is None:
+        trained_weights = select(network, cfg).trained_weights
     _compile(network, trained_weights, cfg)
     images, labels = _resident_batch(cfg, num_classes)
     peak, _ = measured_training_step(network.model, images, labels, changing_variables(network))
     return peak
 
 
-MEASUREMENTS = {"inference": _inference, "training": _training}
+MEASUREMENTS = {"selection": _selection, "inference": _inference, "training": _training}
 
 
 def build(cfg: Config, num_classes: int):
