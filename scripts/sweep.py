@@ -16,6 +16,7 @@ a sweep that is killed. The next sweep finds them running.
 """
 
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -27,8 +28,8 @@ from sweeping.launch import check_jobs, prepare, run_here
 from sweeping.plan import finished_records, is_finished, make_parser, plan
 from sweeping.slurm import run_on_slurm
 
-from core import signals
 from core.errors import UsageError
+from core.signals import Terminated
 from run import flags
 
 
@@ -46,25 +47,26 @@ def main(argv=None, program=(str(ROOT / "main.py"),), itself=(sys.executable, __
         int. The exit code.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    # A second Ctrl-C must not end the sweep before its runs and jobs: core.signals.handled is not for it.
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
-        with signals.handled():
-            args, extra = make_parser().parse_known_args(flags.without_doubled_flags(argv))
-            runs = plan(args, extra)
-            check_jobs(args)
-            finished = finished_records(args.log_dir)
-            todo = [run for run in runs if not is_finished(run.cfg, finished)]
-            if args.dry_run:
-                for run in todo:
-                    print(shlex.join(["python", "main.py", *run.argv]))
-                print(f"{len(runs)} runs, {len(runs) - len(todo)} of them already finished", file=sys.stderr)
-                return 0
-            with Board(runs, todo) as board:
-                ready = prepare(todo, args, program, board)
-                if args.launcher == "slurm":
-                    run_on_slurm(ready, args, extra, itself, cluster, board)
-                else:
-                    run_here(ready, args, program, board)
-            return board.conclude(args.log_dir)
+        args, extra = make_parser().parse_known_args(flags.without_doubled_flags(argv))
+        runs = plan(args, extra)
+        check_jobs(args)
+        finished = finished_records(args.log_dir)
+        todo = [run for run in runs if not is_finished(run.cfg, finished)]
+        if args.dry_run:
+            for run in todo:
+                print(shlex.join(["python", "main.py", *run.argv]))
+            print(f"{len(runs)} runs, {len(runs) - len(todo)} of them already finished", file=sys.stderr)
+            return 0
+        with Board(runs, todo) as board:
+            ready = prepare(todo, args, program, board)
+            if args.launcher == "slurm":
+                run_on_slurm(ready, args, extra, itself, cluster, board)
+            else:
+                run_here(ready, args, program, board)
+        return board.conclude(args.log_dir)
     except SystemExit as stop:
         return stop.code
     except UsageError as error:
@@ -73,8 +75,15 @@ def main(argv=None, program=(str(ROOT / "main.py"),), itself=(sys.executable, __
     except KeyboardInterrupt:
         print("Interrupted; the same command continues the sweep.", file=sys.stderr)
         return 130
-    except signals.Terminated:
+    except Terminated:
         return 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def terminate(signum, frame):
+    """Raises Terminated, as a handler of signals."""
+    raise Terminated
 
 
 if __name__ == "__main__":
