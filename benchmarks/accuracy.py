@@ -118,8 +118,8 @@ def main(argv=None):
     parser.add_argument("--log_dir", type=Path, help="(default: logs/accuracy, or logs/accuracy_quick)")
     args = parser.parse_args(argv)
     log_dir = args.log_dir or Path("logs/accuracy_quick" if args.quick else "logs/accuracy")
-    tasks = {name: part(replace(TASKS[name], **SMALL) if args.quick else TASKS[name], args) for name in args.task}
     try:
+        tasks = {name: part(replace(TASKS[name], **SMALL) if args.quick else TASKS[name], args) for name in args.task}
         print(estimate(tasks, log_dir, args.weights), flush=True)
         return max([measure(task, log_dir / name, args.weights) for name, task in tasks.items()])
     except (RunError, UsageError) as error:
@@ -128,8 +128,16 @@ def main(argv=None):
 
 
 def part(task, args):
-    """Returns the part of a task that `--seeds` and `--schemes` ask for."""
+    """Returns the part of a task that `--seeds` and `--schemes` ask for.
+
+    Raises:
+        UsageError: if nothing is left of it.
+    """
     schemes = tuple(scheme for scheme in task.schemes if scheme in (args.schemes or EVERY))
+    if not schemes:
+        raise UsageError(f"--schemes must name one of each task's. Received: {', '.join(args.schemes)}.")
+    if args.seeds is not None and args.seeds < 1:
+        raise UsageError(f"--seeds must be at least 1. Received: {args.seeds}.")
     return replace(task, seeds=task.seeds[: args.seeds], schemes=schemes)
 
 
@@ -158,7 +166,7 @@ def search(task, folder, weights):
     Starts in the middle of the grid, and tries the neighbours of the best rate until it
     is better than both or at the grid's end.
     """
-    middle = len(task.rates) // 2
+    grid, middle = [float(rate) for rate in task.rates], len(task.rates) // 2
     tried = {scheme: set(task.rates[middle - 1 : middle + 1]) for scheme in task.schemes}
     while True:
         sweeps = search_sweeps(task, folder, weights, tried)
@@ -166,7 +174,7 @@ def search(task, folder, weights):
         chosen = choose_rates([run for argv in sweeps for run in planned(argv)])
         wider = {}
         for scheme, rates in tried.items():
-            best = [float(rate) for rate in task.rates].index(chosen[scheme]["learning_rate"])
+            best = grid.index(chosen[scheme]["learning_rate"])
             wider[scheme] = rates | set(task.rates[max(best - 1, 0) : best + 2])
         if wider == tried:
             return chosen
