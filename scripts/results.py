@@ -1,11 +1,14 @@
 """Writes docs/results.md from the run folders of benchmarks/accuracy.py.
 
-    python scripts/results.py logs/accuracy                         docs/results.md, .csv and pictures
+    python scripts/results.py logs/accuracy
     python scripts/results.py logs/accuracy_quick --out /tmp/docs
 
-Each task is a folder LOG_DIR/TASK with `search/`, `runs/`, learning_rates.json and task.json.
-results.csv lists every run folder with the fingerprint of its config.json. The first
-sentence of results.md follows from the figures, by the rule that stands below it.
+Each task is a folder LOG_DIR/TASK with `search/`, `runs/`, learning_rates.json and task.json,
+and, after benchmarks/other_scores.py, `scores/`.
+Its page and picture are results/TASK.md and .svg. results.csv lists every run folder with
+the fingerprint of its config.json. It keeps the tasks that LOG_DIR does not hold, and
+results.md is made from it. The first sentence of results.md follows from the figures, by
+the rule that stands below it.
 """
 
 import argparse
@@ -14,14 +17,14 @@ import io
 import json
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import matplotlib
 import plot
 import runs as run_folders
-from results_page import ACCURACY, ADABET, B1_ONLY, MEMORY, OPPONENTS, TIMES, date, report
+from results_page import ACCURACY, ADABET, B1_ONLY, COLUMNS, MEMORY, OPPONENTS, TIMES, date, report, task_page
 from table import Cell
 
 from core.errors import UsageError
@@ -29,8 +32,10 @@ from core.files import write_whole
 
 CSV_COLUMNS = (
     "task", "part", "run", "fingerprint", "date", "status", "train_type", "rho", "seed", "learning_rate", "accuracy",
-    "val_accuracy", "peak_memory_bytes_measured", "epoch_s", "selection_s", "num_trained_weights",
+    "val_accuracy", "peak_memory_bytes_measured", "epoch_s", "selection_s", "num_trained_weights", "timed",
 )  # fmt: skip
+
+SCORE = "score:"  # before a score's name, in the column `part`
 
 
 @dataclass(frozen=True)
@@ -40,16 +45,19 @@ class Task:
     Attributes:
         name: str.
         runs: list of runs.Run. Those whose results are reported.
+        timed_seed: int or None. The seed whose runs had the machine to themselves.
         search: list of runs.Run. Those of the search for learning rates.
         rates: dict. The content of learning_rates.json.
-        timed_seed: int or None. The seed whose runs had the machine to themselves.
+        scores: dict from a score's name to a list of runs.Run: those of
+            benchmarks/other_scores.py.
     """
 
     name: str
     runs: list
-    search: list
-    rates: dict
     timed_seed: int | None
+    search: list = field(default_factory=list)
+    rates: dict = field(default_factory=dict)
+    scores: dict = field(default_factory=dict)
 
     @cached_property
     def cells(self):
@@ -80,18 +88,20 @@ def main(argv=None):
     parser.add_argument("log_dir", type=Path, metavar="LOG_DIR", help="of benchmarks/accuracy.py")
     parser.add_argument("--out", type=Path, default=Path("docs"), metavar="DIR", help="(default: docs)")
     args = parser.parse_args(argv)
+    table, pages = args.out / "results.csv", args.out / "results"
     try:
         tasks = read(args.log_dir)
+        rows = {**read_table(table), **{task.name: rows_of(task) for task in tasks}}
     except UsageError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
-    pictures = args.out / "results"
-    pictures.mkdir(parents=True, exist_ok=True)
+    pages.mkdir(parents=True, exist_ok=True)
     for task in tasks:
-        save(picture(task), pictures / f"{task.name}.svg")
-    write_whole(args.out / "results.csv", run_table(tasks))
-    write_whole(args.out / "results.md", report(tasks))
-    print(f"Wrote {args.out / 'results.md'}, results.csv, and {len(tasks)} pictures in {pictures}")
+        save(picture(task), pages / f"{task.name}.svg")
+        write_whole(pages / f"{task.name}.md", task_page(task))
+    write_whole(table, as_csv(row for name in sorted(rows) for row in rows[name]))
+    write_whole(args.out / "results.md", report([task_of(name, rows[name]) for name in sorted(rows)]))
+    print(f"Wrote {args.out / 'results.md'} and results.csv, and in {pages}: {', '.join(task.name for task in tasks)}")
     return 0
 
 
@@ -107,7 +117,8 @@ def read(log_dir):
             continue
         runs, search = run_folders.read([folder / "runs"])[0], run_folders.read([folder / "search"])[0]
         rates, facts = (json.loads((folder / name).read_text()) for name in ("learning_rates.json", "task.json"))
-        task = Task(folder.name, runs, search, rates, facts["timed_seed"])
+        scores = {path.name: run_folders.read([path])[0] for path in sorted(folder.glob("scores/*/"))}
+        task = Task(folder.name, runs, facts["timed_seed"], search, rates, scores)
         unlike = run_folders.varying(runs, ignored=run_folders.BY_SCHEME)
         twice = [key for key, count in Counter((*run.scheme, run.seed) for run in runs).items() if count > 1]
         if unlike or twice:
@@ -122,17 +133,66 @@ def read(log_dir):
     return tasks
 
 
-def run_table(tasks):
-    """Returns CSV text with one line for each run folder."""
+def rows_of(task):
+    """Returns the lines of results.csv for a task, one dict for each run folder."""
+    parts = {"runs": task.runs, "search": task.search, **{SCORE + name: runs for name, runs in task.scores.items()}}
+    return [
+        {
+            **run.config, **run.summary, "task": task.name, "part": part, "run": run.folder.name, "date": date(run),
+            "status": run.status, "timed": part == "runs" and run.seed == task.timed_seed,
+        }
+        for part, runs in parts.items()
+        for run in runs
+    ]  # fmt: skip
+
+
+def as_csv(rows):
+    """Returns the text of results.csv."""
     text = io.StringIO()
     writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
-    for task in tasks:
-        for part, runs in (("runs", task.runs), ("search", task.search)):
-            for run in runs:
-                facts = {"task": task.name, "part": part, "run": run.folder.name, "date": date(run)}
-                writer.writerow({**run.config, **run.summary, **facts, "status": run.status})
+    writer.writerows(rows)
     return text.getvalue()
+
+
+def read_table(path):
+    """Returns {task: rows} of a results.csv; {} if there is none.
+
+    Raises:
+        UsageError: if the file has other columns.
+    """
+    if not path.exists():
+        return {}
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != CSV_COLUMNS:
+            raise UsageError(f"{path} must have the columns of this version. Received: others; move the file away.")
+        rows = {}
+        for row in reader:
+            rows.setdefault(row["task"], []).append(row)
+    return rows
+
+
+def task_of(name, rows):
+    """Returns the Task that rows of results.csv describe, without what only its run folders hold."""
+    runs, scores, timed_seed = [], {}, None
+    for row in rows:
+        config = {"train_type": row["train_type"], "rho": value(row["rho"]), "seed": int(row["seed"]),
+                  "learning_rate": value(row["learning_rate"])}  # fmt: skip
+        summary = {metric.key: value(row.get(metric.key)) for metric in COLUMNS}
+        run = run_folders.Run(Path(row["run"]), config, summary, row["status"])
+        if row["part"] == "runs":
+            runs.append(run)
+        elif row["part"].startswith(SCORE):
+            scores.setdefault(row["part"].removeprefix(SCORE), []).append(run)
+        if str(row["timed"]) == "True":
+            timed_seed = run.seed
+    return Task(name, runs, timed_seed, scores=scores)
+
+
+def value(text):
+    """Returns the number of an entry of results.csv, or None for an empty one."""
+    return None if text in (None, "") else float(text)
 
 
 def picture(task):

@@ -1,4 +1,4 @@
-"""The text of docs/results.md: what scripts/results.py makes of the runs."""
+"""The text of docs/results.md and of its tasks' pages: what scripts/results.py makes of the runs."""
 
 import statistics
 from collections import Counter
@@ -11,35 +11,69 @@ from core.config import Config
 ADABET, SIZE_ONLY, B1_ONLY, HEAD = Config.train_type, "smallest_activations", "betti_train", "traditional_tl_training"
 OPPONENTS = ("random_layers", "last_layers", SIZE_ONLY, "fisher", "elastic_training")
 RHO = 0.1  # where one rho stands for all
+COMPARED = ("against", "at the same", "difference (points)", "95 % interval", "seeds", "AdaBet is", "runs compared")
 COLUMNS = (*METRICS, Metric("Trained weights (thousands)", "num_trained_weights", 1e3, 1, "trained_weights"))
 ACCURACY, MEMORY, *TIMES = METRICS
 
 
 def report(tasks):
-    """Returns the Markdown page."""
+    """Returns the page on all tasks, which needs what results.csv holds."""
     compared = {task.name: comparisons(task) for task in tasks}
+    overall = [
+        [name, opponent, equal, *difference_texts(d), count or "all"]
+        for name, rows in compared.items()
+        for opponent, equal, d, count in rows
+        if equal in ("rho", "memory")
+    ]
     parts = [
         "# Results", "", verdict(compared), "", *rule(), "", "## In short", "", *in_short(tasks), "",
-        *(line for task in tasks for line in (f"## {task.name}", "", *page_of(task, compared[task.name]))),
-        *how_to(tasks),
-    ]  # fmt: skip
-    return "\n".join(parts).rstrip() + "\n"
-
-
-def how_to(tasks):
-    """Returns the section on the commands and files behind the page."""
-    weights = {(run.config.get("weights_provenance") or {}).get("sha256") for task in tasks for run in task.runs}
-    return [
-        "## Reproduce",
-        "",
+        "## AdaBet against the others", "",
+        *markdown(["task", *COMPARED], overall), "",
+        f"{B1_ONLY} is AdaBet's score without the activation's size. It does not count in the first sentence.", "",
+        *other_scores(tasks),
+        "## Accuracy", "", *accuracies(tasks), "",
+        "## Each task", "",
+        "Curves, memory, times, what decides the score, stability, learning rates: "
+        + ", ".join(f"[{task.name}](results/{task.name}.md)" for task in tasks) + ".", "",
+        "## Reproduce", "",
         f"    python benchmarks/accuracy.py --weights WEIGHTS.h5 --task {' '.join(task.name for task in tasks)}",
-        "    python scripts/results.py logs/accuracy",
-        "",
-        f"SHA-256 of WEIGHTS.h5: {', '.join(map(str, weights))}. [results.csv](results.csv) lists every run folder "
-        "with the fingerprint of its config.json. Nothing is augmented, and frozen first layers are computed once "
-        "([caching.md](caching.md)): the peak is that of a training step or of that pass, whichever is higher, and the "
-        "time per epoch is without it.",
+        "    python scripts/results.py logs/accuracy", "",
+        "Each task's page has the SHA-256 of its WEIGHTS.h5, its device and its date. [results.csv](results.csv) lists "
+        "every run folder with the fingerprint of its config.json.",
+    ]  # fmt: skip
+    return "\n".join(parts) + "\n"
+
+
+def other_scores(tasks):
+    """Returns the section on other scores, or nothing without one."""
+    rows = []
+    for task in tasks:
+        ours = task.cells.get((ADABET, RHO), {})
+        by_score = {name: {run.seed: run for run in runs if run.status == "done"} for name, runs in task.scores.items()}
+        if by_score and (B1_ONLY, RHO) in task.cells:
+            by_score = {B1_ONLY: task.cells[B1_ONLY, RHO], **by_score}
+        for name, by_seed in by_score.items():
+            if seeds := sorted(ours.keys() & by_seed.keys()):
+                values = [by_seed[seed].summary[ACCURACY.key] - ours[seed].summary[ACCURACY.key] for seed in seeds]
+                mean, interval, count, verdict = difference_texts(comparing.Difference(tuple(values)))
+                rows.append([task.name, name, spread(by_seed.values()), mean, interval, count, verdict])
+    head = ["task", "score", ACCURACY.title, "difference from AdaBet (points)", "95 % interval", "seeds", "it is"]
+    text = (
+        f"Layers ranked by other scores (benchmarks/other_scores.py says how each is computed), as many as AdaBet "
+        f"trains at rho {RHO:g}, with AdaBet's learning rate; {B1_ONLY} has its own."
+    )
+    return ["## Other scores", "", text, "", *markdown(head, rows), ""] if rows else []
+
+
+def accuracies(tasks):
+    """Returns the table of all schemes and tasks: mean and standard deviation over seeds."""
+    places = dict.fromkeys(place for task in tasks for place in task.cells)
+    schemes = list(dict.fromkeys(scheme for scheme, _ in places))
+    rows = [
+        [scheme, number(rho), *(accuracy_text(task, (scheme, rho)) for task in tasks)]
+        for scheme, rho in sorted(places, key=lambda place: (schemes.index(place[0]), place[1] or 0))
     ]
+    return markdown(["scheme", "rho", *(task.name for task in tasks)], rows)
 
 
 def comparisons(task):
@@ -48,7 +82,7 @@ def comparisons(task):
     What is equal is `rho R`, `rho` for the mean over all, or `memory`.
     """
     ours, found = task.curve(ADABET), []
-    for opponent in OPPONENTS:
+    for opponent in (*OPPONENTS, B1_ONLY):
         theirs = task.curve(opponent)
         for rho, difference in comparing.at_same_rho(ours, theirs).items():
             found.append((opponent, "rho" if rho is None else f"rho {rho:g}", difference, None))
@@ -62,7 +96,12 @@ def comparisons(task):
 def verdict(compared):
     """Returns the first sentence: whether AdaBet is ahead by more than the spread."""
     counts = {
-        equal: Counter(d.verdict for rows in compared.values() for _, what, d, _ in rows if what == equal)
+        equal: Counter(
+            d.verdict
+            for rows in compared.values()
+            for opponent, what, d, _ in rows
+            if what == equal and opponent in OPPONENTS
+        )
         for equal in ("rho", "memory")
     }
     always = all(set(count) == {"ahead"} for count in counts.values())
@@ -136,20 +175,30 @@ def figure(task, place, metric):
 
 def accuracy_text(task, place):
     """Returns the text of an accuracy: mean and standard deviation over seeds."""
-    if place not in task.cells:
-        return "-"
-    sd = Cell(list(task.cells[place].values()), "").sd(ACCURACY)
-    return figure(task, place, ACCURACY) + ("" if sd is None else f" ± {sd:.{ACCURACY.digits}f}")
+    return spread(task.cells[place].values()) if place in task.cells else "-"
 
 
-def page_of(task, compared):
-    """Returns the lines of one task."""
+def spread(runs):
+    """Returns the text of the accuracy of some runs: mean and sample standard deviation."""
+    cell = Cell(list(runs), "")
+    sd = cell.sd(ACCURACY)
+    return number(cell.mean(ACCURACY), ACCURACY.digits) + ("" if sd is None else f" ± {sd:.{ACCURACY.digits}f}")
+
+
+def task_page(task):
+    """Returns the page on one task, which needs its run folders."""
     seeds = sorted({run.seed for run in task.runs})
     config = next(run.config for run in task.runs if run.status == "done")
     days = [day for run in task.runs if (day := date(run))]
     dates = " to ".join(dict.fromkeys((min(days), max(days))))
     undone = Counter(run.status for run in task.runs if run.status != "done")
-    return [
+    weights = {(run.config.get("weights_provenance") or {}).get("sha256") for run in task.runs}
+    compared = [
+        [opponent, equal, *difference_texts(d), count or "all"] for opponent, equal, d, count in comparisons(task)
+    ]
+    parts = [
+        f"# {task.name}",
+        "",
         f"{config['model_name']} on {config['dataset_name']}, input {config['input_size']} px, "
         f"{sum(config['split_sizes'][name] or 0 for name in ('train', 'validation'))} training images, "
         f"{config['split_sizes']['test']} test images, {config['num_epochs']} epochs; seeds "
@@ -161,30 +210,31 @@ def page_of(task, compared):
             else f"Times are those of seed {task.timed_seed}, whose runs had the machine to themselves."
         ),
         "",
-        f"![accuracy over memory and over rho](results/{task.name}.svg)",
+        f"![accuracy over memory and over rho]({task.name}.svg)",
         "",
         *markdown(row_head(), [row_of(task, place) for place in task.cells]),
         "",
-        "### AdaBet against the others",
+        "## AdaBet against the others",
         "",
-        *markdown(
-            ["against", "at the same", "difference (points)", "95 % interval", "seeds", "AdaBet is", "runs compared"],
-            [[opponent, equal, *difference_texts(d), count or "all"] for opponent, equal, d, count in compared],
-        ),
+        *markdown(COMPARED, compared),
         "",
-        "### What decides the score",
+        "## What decides the score",
         "",
         *what_decides(task),
         "",
-        "### Stability of the choice",
+        "## Stability of the choice",
         "",
         *stability(task),
         "",
-        "### Learning rates",
+        "## Learning rates",
         "",
         *rates_table(task),
         "",
+        f"SHA-256 of WEIGHTS.h5: {', '.join(map(str, weights))}. Nothing is augmented, and frozen first layers are "
+        "computed once ([caching.md](../caching.md)): the peak is that of a training step or of that pass, "
+        "whichever is higher, and the time per epoch is without it.",
     ]
+    return "\n".join(parts) + "\n"
 
 
 def difference_texts(difference):

@@ -3,6 +3,8 @@
 import csv
 import itertools
 import json
+import shutil
+import subprocess
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 import results
 import sweep
 
-from benchmarks import accuracy
+from benchmarks import accuracy, other_scores
 from core.config import Config
 from core.errors import RunError
 from selection import SCHEMES
@@ -306,6 +308,54 @@ def test_agreement_by_hand():
     assert comparing.mean_spearman([[1, 2, 3], [3, 2, 1], [1, 2, 3]]) == pytest.approx(-1 / 3)
 
 
+# ---------------------------------------------------------------- other scores
+
+
+def test_directions_are_distances_of_centred_unit_points():
+    points = np.random.default_rng(0).normal(size=(12, 5)) * np.geomspace(1, 100, 12)[:, None]
+    centred = points - points.mean(axis=0)
+    units = centred / np.linalg.norm(centred, axis=1, keepdims=True)
+    distances = lambda cloud: np.linalg.norm(cloud[:, None] - cloud, axis=2)
+    assert np.allclose(other_scores.directions(distances(points)), distances(units), atol=1e-6)
+
+
+def test_mean_place_is_minus_the_mean_rank():
+    assert other_scores.mean_place(np.array([[3, 1, 2], [30, 20, 10]])).tolist() == [-1, -2.5, -2.5]
+
+
+def test_each_score_trains_its_layers_like_adabet(tmp_path, monkeypatch, capsys):
+    command = ["--weights", str(WEIGHTS), "--task", "photo_cells", "--log_dir", "logs", "--seeds", "2"]
+    assert other_scores.main(command) == 2
+    assert "Received: logs/photo_cells" in capsys.readouterr().err
+    (tmp_path / "logs" / "photo_cells" / "images").mkdir(parents=True)
+    (tmp_path / "logs" / "photo_cells" / "learning_rates.json").write_text(
+        json.dumps({"act_norm_betti_train": {"learning_rate": 0.07}})
+    )
+    monkeypatch.setattr(
+        other_scores, "best_layers", lambda cfg, scores: {s: [f"{s}{cfg.seed}", "last"] for s in scores}
+    )
+    started = []
+    monkeypatch.setattr(
+        subprocess, "run", lambda argv, check: started.append(argv) or subprocess.CompletedProcess(argv, 0)
+    )
+    assert other_scores.main(command) == 0
+    (like,) = accuracy.planned(
+        [*accuracy.arguments(TASKS["photo_cells"], Path("logs/photo_cells"), WEIGHTS), "--seeds", "1",
+         "--learning_rate", "0.07", "--train_types", "act_norm_betti_train", "--rhos", "0.1"]
+    )  # fmt: skip
+    found = {}
+    for argv in started:
+        (run,) = accuracy.planned(argv[2:])
+        file = Path(run.cfg.layers.removeprefix("@"))
+        found[file.stem] = file.read_text().split()
+        if run.cfg.seed == 1:
+            only = {"train_type", "rho", "layers", "log_dir", "run_name", "num_betti_batches"}
+            assert {k: v for k, v in asdict(run.cfg).items() if k not in only} == {
+                k: v for k, v in asdict(like.cfg).items() if k not in only
+            }
+    assert found == {f"{s}_seed{n}": [f"{s}{n}", "last"] for s in other_scores.SCORES for n in (0, 1)}
+
+
 # ---------------------------------------------------------------- the page
 
 
@@ -350,7 +400,13 @@ def test_first_sentence_follows_from_the_figures(tmp_path, adabet, sentence):
 
 def test_page_has_the_figures_of_the_runs(tmp_path):
     make_task(tmp_path / "logs" / "digits")
-    text = page(tmp_path)
+    overall, text = page(tmp_path), (tmp_path / "docs" / "results" / "digits.md").read_text()
+    assert (
+        "| digits | AdaBet | act_norm_betti_train | 0.1 | 0.01 | 3 | 81.00 ± 1.00 | 130.0 | 1.00 | 0.50 | 1.0 |"
+        in overall
+    )
+    assert "| digits | random_layers | rho | +10.00 | +10.00 to +10.00 | 3 | ahead | all |" in overall
+    assert "| random_layers | 0.4 | 71.00 ± 1.00 |" in overall
     assert "| act_norm_betti_train | 0.1 | 0.01 | 3 | 81.00 ± 1.00 | 130.0 | 1.00 | 0.50 | 1.0 |" in text
     assert "| random_layers | rho | +10.00 | +10.00 to +10.00 | 3 | ahead | all |" in text
     # At 130 MB: between the head alone, 50 points at 100 MB, and 70 points at 160 MB, lie 60 points.
@@ -365,7 +421,7 @@ def test_page_has_the_figures_of_the_runs(tmp_path):
 def test_same_runs_give_the_same_files(tmp_path):
     make_task(tmp_path / "logs" / "digits")
     page(tmp_path), page(tmp_path, "again")
-    for name in ("results.md", "results.csv", "results/digits.svg"):
+    for name in ("results.md", "results.csv", "results/digits.md", "results/digits.svg"):
         assert (tmp_path / "docs" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
@@ -378,6 +434,49 @@ def test_csv_lists_every_run_with_its_fingerprint(tmp_path):
     assert {row["run"] for row in rows} == folders
     assert all(row["fingerprint"] == f"print-{row['run']}" for row in rows)
     assert Counter(row["part"] for row in rows) == {"runs": len(folders) - 1, "search": 1}
+
+
+def test_tasks_of_other_log_folders_are_kept(tmp_path):
+    make_task(tmp_path / "logs" / "digits")
+    make_task(tmp_path / "logs" / "photo_cells", adabet=60.0)
+    together = page(tmp_path, "together")
+    (tmp_path / "logs" / "photo_cells").rename(tmp_path / "elsewhere")
+    page(tmp_path)
+    shutil.rmtree(tmp_path / "logs" / "digits")
+    (tmp_path / "elsewhere").rename(tmp_path / "logs" / "photo_cells")
+    assert page(tmp_path) == together
+    for name in ("results.csv", "results/digits.md", "results/photo_cells.md"):
+        assert (tmp_path / "docs" / name).read_bytes() == (tmp_path / "together" / name).read_bytes()
+
+
+def test_other_scores_are_compared_with_adabet(tmp_path):
+    make_task(tmp_path / "logs" / "digits")
+    for seed in range(3):
+        cfg = Config(model_name="mobilenetv2", train_type="listed_layers", rho=None, layers="@l", seed=seed)
+        make_run(tmp_path / "logs" / "digits" / "scores" / "persistence" / f"run{seed}", cfg, test=82.0 + 2 * seed)
+    text = page(tmp_path)
+    assert "| digits | persistence | 84.00 ± 2.00 | +3.00 | +2.00 to +4.00 | 3 | ahead |" in text
+    assert "| digits | betti_train | 71.00 ± 1.00 | -10.00 | -10.00 to -10.00 | 3 | behind |" in text
+    assert "listed_layers" not in text
+    shutil.rmtree(tmp_path / "logs" / "digits")
+    make_task(tmp_path / "logs" / "photo_cells")
+    assert "| digits | persistence | 84.00 ± 2.00 | +3.00 | +2.00 to +4.00 | 3 | ahead |" in page(tmp_path)
+
+
+def test_table_of_another_version_is_refused(tmp_path, capsys):
+    make_task(tmp_path / "logs" / "digits")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "results.csv").write_text("task,accuracy\n")
+    assert results.main([str(tmp_path / "logs"), "--out", str(tmp_path / "docs")]) == 2
+    assert "must have the columns" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "docs").iterdir()] == ["results.csv"]
+
+
+@pytest.mark.parametrize("part", [["--seeds", "0"], ["--task", "photo_cells", "--schemes", "rgn"]])
+def test_part_without_runs_is_refused(tmp_path, capsys, part):
+    assert accuracy.main(["--weights", str(WEIGHTS), "--log_dir", "logs", *part]) == 2
+    assert "Received: " in capsys.readouterr().err
+    assert not (tmp_path / "logs").exists()
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys):
