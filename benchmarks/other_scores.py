@@ -165,9 +165,12 @@ def sweeps_of(name, args):
 def best_layers(cfg, scores):
     """Returns {score: paths of the best layers} for a run of AdaBet."""
     environment.load_tensorflow()
-    import main as program
+    import data
+    import models
 
-    images, network = program.load(cfg, is_new=True)
+    images = data.load(cfg)
+    environment.seed_everything(cfg.seed)
+    network = models.build(cfg, images.num_classes)
     clouds, paths = Clouds(cfg, images, network), [candidate.path for candidate in network.candidates]
     found = {}
     for score in scores:
