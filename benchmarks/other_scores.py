@@ -24,7 +24,7 @@ from core import environment
 from core.config import Config
 from core.errors import UsageError
 from selection.betti import COEFFICIENT_FIELD, betti_1_of_each
-from selection.ranking import layer_budget, rank, select_layers
+from selection.ranking import layer_budget, rank
 
 ADABET, RHO = Config.train_type, 0.1
 
@@ -45,7 +45,6 @@ class Clouds:
             self.distances = [[np.array(matrix) for matrix in distances(batch)] for batch, _ in batches]
         points = len(self.distances[0][0])
         self.sizes = np.array([points * candidate.activation_size for candidate in network.candidates])
-        self._cfg, self._images, self._network = cfg, images, network
 
     @cached_property
     def betti_1(self):
@@ -70,13 +69,9 @@ class Clouds:
         return np.array([betti_1_of_each([directions(matrix) for matrix in row]) for row in self.distances])
 
     @property
-    def peak_bytes(self):
-        """Array of shape (layers,): the estimated peak of a step that trains the layer and the head."""
-        from training import features
-
-        paths = [candidate.path for candidate in self._network.candidates]
-        weights = [select_layers(self._network, {path}).trained_weights for path in paths]
-        return np.array([features.peak_bytes(self._network, self._images, self._cfg, found) for found in weights])
+    def bytes_to_train(self):
+        """Array of shape (layers,): the bytes of the activations from each layer on, which its gradient passes."""
+        return 4 * np.cumsum(self.sizes[::-1])[::-1]
 
 
 def directions(distances):
@@ -108,7 +103,7 @@ SCORES = {
     "directions": lambda clouds: clouds.betti_1_of_directions.mean(axis=0),
     "directions_per_size": lambda clouds: clouds.betti_1_of_directions.mean(axis=0) / clouds.sizes,
     "agreement": lambda clouds: mean_place(clouds.betti_1),
-    "per_byte": lambda clouds: clouds.betti_1.mean(axis=0) / clouds.peak_bytes,
+    "per_byte": lambda clouds: clouds.betti_1.mean(axis=0) / clouds.bytes_to_train,
 }
 
 
