@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import image_folders
 import runs as run_folders
 import sweep
+from results_page import QUICK_NAME
 from sweeping.launch import visible_gpus
 from sweeping.plan import finished_records, is_finished, make_parser, plan
 
@@ -119,7 +120,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     log_dir = args.log_dir or Path("logs/accuracy_quick" if args.quick else "logs/accuracy")
     try:
-        tasks = {name: part(replace(TASKS[name], **SMALL) if args.quick else TASKS[name], args) for name in args.task}
+        tasks = {name: part(TASKS[name], args) for name in args.task}
+        if args.quick:
+            tasks = {name + QUICK_NAME: part(replace(TASKS[name], **SMALL), args) for name in args.task}
         print(estimate(tasks, log_dir, args.weights), flush=True)
         return max([measure(task, log_dir / name, args.weights) for name, task in tasks.items()])
     except (RunError, UsageError) as error:
@@ -135,7 +138,7 @@ def part(task, args):
     """
     schemes = tuple(scheme for scheme in task.schemes if scheme in (args.schemes or EVERY))
     if not schemes:
-        raise UsageError(f"--schemes must name one of each task's. Received: {', '.join(args.schemes)}.")
+        raise UsageError(f"--schemes must name at least one scheme of every task. Received: {', '.join(args.schemes)}.")
     if args.seeds is not None and args.seeds < 1:
         raise UsageError(f"--seeds must be at least 1. Received: {args.seeds}.")
     return replace(task, seeds=task.seeds[: args.seeds], schemes=schemes)

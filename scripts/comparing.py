@@ -28,8 +28,8 @@ class Difference:
 
     @property
     def interval(self):
-        """(low, high) of the mean, by the percentile bootstrap over seeds; None for fewer than two."""
-        if len(self.values) < 2:
+        """(low, high) of the mean, by the percentile bootstrap over seeds; None for fewer than three."""
+        if len(self.values) < 3:
             return None
         found = stats.bootstrap(
             (self.values,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="percentile", rng=0

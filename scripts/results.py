@@ -100,7 +100,7 @@ def main(argv=None):
         save(picture(task), pages / f"{task.name}.svg")
         write_whole(pages / f"{task.name}.md", task_page(task))
     write_whole(table, as_csv(row for name in sorted(rows) for row in rows[name]))
-    write_whole(args.out / "results.md", report([task_of(name, rows[name]) for name in sorted(rows)]))
+    write_whole(args.out / "results.md", report([task_of(*task) for task in read_table(table).items()]))
     print(f"Wrote {args.out / 'results.md'} and results.csv, and in {pages}: {', '.join(task.name for task in tasks)}")
     return 0
 
@@ -119,8 +119,12 @@ def read(log_dir):
         rates, facts = (json.loads((folder / name).read_text()) for name in ("learning_rates.json", "task.json"))
         scores = {path.name: run_folders.read([path])[0] for path in sorted(folder.glob("scores/*/"))}
         task = Task(folder.name, runs, facts["timed_seed"], search, rates, scores)
-        unlike = run_folders.varying(runs, ignored=run_folders.BY_SCHEME)
-        twice = [key for key, count in Counter((*run.scheme, run.seed) for run in runs).items() if count > 1]
+        every = [("", run) for run in runs] + [(name, run) for name, found in scores.items() for run in found]
+        # What failed without a folder never saw its weights: it differs from nothing in them.
+        known = [run for _, run in every if run.config.get("weights_provenance")]
+        unlike = run_folders.varying(known, ignored=run_folders.BY_SCHEME)
+        places = Counter((score or run.config["train_type"], run.config["rho"], run.seed) for score, run in every)
+        twice = [place for place, count in places.items() if count > 1]
         if unlike or twice:
             what = f"different {', '.join(unlike)}" if unlike else f"two runs of {twice[0]}"
             raise UsageError(f"a task's runs must differ in scheme, rho and seed only. Received: {folder} with {what}.")
@@ -179,20 +183,20 @@ def task_of(name, rows):
     for row in rows:
         config = {"train_type": row["train_type"], "rho": value(row["rho"]), "seed": int(row["seed"]),
                   "learning_rate": value(row["learning_rate"])}  # fmt: skip
-        summary = {metric.key: value(row.get(metric.key)) for metric in COLUMNS}
+        summary = {metric.key: value(row[metric.key]) for metric in COLUMNS}
         run = run_folders.Run(Path(row["run"]), config, summary, row["status"])
         if row["part"] == "runs":
             runs.append(run)
         elif row["part"].startswith(SCORE):
             scores.setdefault(row["part"].removeprefix(SCORE), []).append(run)
-        if str(row["timed"]) == "True":
+        if row["timed"] == "True":
             timed_seed = run.seed
     return Task(name, runs, timed_seed, scores=scores)
 
 
 def value(text):
     """Returns the number of an entry of results.csv, or None for an empty one."""
-    return None if text in (None, "") else float(text)
+    return float(text) if text else None
 
 
 def picture(task):

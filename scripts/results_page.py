@@ -11,6 +11,7 @@ from core.config import Config
 ADABET, SIZE_ONLY, B1_ONLY, HEAD = Config.train_type, "smallest_activations", "betti_train", "traditional_tl_training"
 OPPONENTS = ("random_layers", "last_layers", SIZE_ONLY, "fisher", "elastic_training")
 RHO = 0.1  # where one rho stands for all
+QUICK_NAME = "_quick"  # ends the names of small copies: their figures must not pass for a task's
 COMPARED = ("against", "at the same", "difference (points)", "95 % interval", "seeds", "AdaBet is", "runs compared")
 COLUMNS = (*METRICS, Metric("Trained weights (thousands)", "num_trained_weights", 1e3, 1, "trained_weights"))
 ACCURACY, MEMORY, *TIMES = METRICS
@@ -33,15 +34,23 @@ def report(tasks):
         *other_scores(tasks),
         "## Accuracy", "", *accuracies(tasks), "",
         "## Each task", "",
-        "Curves, memory, times, what decides the score, stability, learning rates: "
-        + ", ".join(f"[{task.name}](results/{task.name}.md)" for task in tasks) + ".", "",
+        "Each task has a page with its curves, memory, times, learning rates, what decides the score, and the "
+        "stability of the choice: " + ", ".join(f"[{task.name}](results/{task.name}.md)" for task in tasks) + ".", "",
         "## Reproduce", "",
-        f"    python benchmarks/accuracy.py --weights WEIGHTS.h5 --task {' '.join(task.name for task in tasks)}",
+        *(line for task in tasks for line in commands(task)),
         "    python scripts/results.py logs/accuracy", "",
         "Each task's page has the SHA-256 of its WEIGHTS.h5, its device and its date. [results.csv](results.csv) lists "
         "every run folder with the fingerprint of its config.json.",
     ]  # fmt: skip
     return "\n".join(parts) + "\n"
+
+
+def commands(task):
+    """Returns the lines that run a task."""
+    name = task.name.removesuffix(QUICK_NAME)
+    quick = " --quick" if name != task.name else ""
+    programs = ["accuracy.py", *(["other_scores.py"] if task.scores else [])]
+    return [f"    python benchmarks/{program} --weights WEIGHTS.h5 --task {name}{quick}" for program in programs]
 
 
 def other_scores(tasks):
@@ -55,12 +64,13 @@ def other_scores(tasks):
         for name, by_seed in by_score.items():
             if seeds := sorted(ours.keys() & by_seed.keys()):
                 values = [by_seed[seed].summary[ACCURACY.key] - ours[seed].summary[ACCURACY.key] for seed in seeds]
-                mean, interval, count, verdict = difference_texts(comparing.Difference(tuple(values)))
-                rows.append([task.name, name, spread(by_seed.values()), mean, interval, count, verdict])
-    head = ["task", "score", ACCURACY.title, "difference from AdaBet (points)", "95 % interval", "seeds", "it is"]
+                texts = difference_texts(comparing.Difference(tuple(values)))
+                rows.append([task.name, name, spread(by_seed[seed] for seed in seeds), *texts])
+    head = ["task", "score", ACCURACY.title, "over AdaBet (points)", "95 % interval", "seeds", "the score is"]
     text = (
-        f"Layers ranked by other scores (benchmarks/other_scores.py says how each is computed), as many as AdaBet "
-        f"trains at rho {RHO:g}, with AdaBet's learning rate; {B1_ONLY} has its own."
+        f"Each run trains the layers with the highest score, as many as AdaBet at rho {RHO:g}, with AdaBet's learning "
+        f"rate. {B1_ONLY} has its own rate. benchmarks/other_scores.py defines the scores. They are compared on the "
+        "test split among many, which favours the best."
     )
     return ["## Other scores", "", text, "", *markdown(head, rows), ""] if rows else []
 
@@ -122,10 +132,13 @@ def rule():
         f"A comparison is one task and one of {', '.join(OPPONENTS)}. AdaBet is ahead if the "
         f"{100 * comparing.CONFIDENCE:.0f} % confidence interval of the mean paired difference over seeds "
         f"(percentile bootstrap, {comparing.RESAMPLES:,} resamples) is above 0, behind if it is below 0. With three "
-        "seeds the interval is their range. AdaBet counts as ahead overall if every comparison is ahead. At the same "
-        "rho, a seed's differences are averaged over the common rhos. At the same memory, the opponent's accuracy is "
-        "interpolated over the measured peak along rho, with the head alone as rho 0. For elastic_training, "
-        "rho is a share of time."
+        "seeds the interval is their range, which leaves out 0 for one in four pairs of equal schemes; with fewer "
+        "there is none, and the comparison is undecided. AdaBet counts as ahead overall if every comparison is ahead. "
+        "At the same rho, a seed's differences are averaged over the common rhos. At the same memory, the opponent's "
+        "accuracy is interpolated over the measured peak along rho, with the head alone as rho 0; runs of AdaBet "
+        "outside the opponent's peaks are left out, and the last column counts the others. A comparison without a "
+        "common rho or peak is missing. For elastic_training, rho is a share of time. ± is the sample standard "
+        "deviation over seeds."
     ]
 
 
@@ -138,7 +151,9 @@ def in_short(tasks):
     return [
         *markdown(["task", "", *row_head()], rows),
         "",
-        "The most accurate is chosen on the test split among many, which favours it.",
+        "The most accurate is chosen on the test split among many, which favours it. Times are those of one seed, "
+        "whose runs had the machine to themselves; `-` where two runs shared it. The peak is that of a training step "
+        "or of the pass over the frozen layers, whichever is higher.",
     ]
 
 
@@ -192,7 +207,7 @@ def task_page(task):
     days = [day for run in task.runs if (day := date(run))]
     dates = " to ".join(dict.fromkeys((min(days), max(days))))
     undone = Counter(run.status for run in task.runs if run.status != "done")
-    weights = {(run.config.get("weights_provenance") or {}).get("sha256") for run in task.runs}
+    weights = {found["sha256"] for run in task.runs if (found := run.config.get("weights_provenance"))}
     compared = [
         [opponent, equal, *difference_texts(d), count or "all"] for opponent, equal, d, count in comparisons(task)
     ]
@@ -215,6 +230,8 @@ def task_page(task):
         *markdown(row_head(), [row_of(task, place) for place in task.cells]),
         "",
         "## AdaBet against the others",
+        "",
+        "[results.md](../results.md) explains the comparisons.",
         "",
         *markdown(COMPARED, compared),
         "",
@@ -306,7 +323,7 @@ def stability(task):
 
 
 def rates_table(task):
-    """Returns the validation accuracies of the search for learning rates."""
+    """Returns the validation losses of the search for learning rates."""
     grid = sorted({rate for row in task.rates.values() for rate in row["val_loss"]}, key=float)
     seeds = ", ".join(str(seed) for seed in next(iter(task.rates.values()))["seeds"])
     rows = [

@@ -47,7 +47,7 @@ def main(argv=None, program=(str(ROOT / "main.py"),), itself=(sys.executable, __
         int. The exit code.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    # A second Ctrl-C must not end the sweep before its runs and jobs: core.signals.handled is not for it.
+    # core.signals.handled would end the process at a second Ctrl-C, without stopping runs and jobs.
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         args, extra = make_parser().parse_known_args(flags.without_doubled_flags(argv))

@@ -4,7 +4,6 @@ import csv
 import itertools
 import json
 import shutil
-import subprocess
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,11 +17,13 @@ import numpy as np
 import pytest
 import results
 import sweep
+from networks import network_of, tiny_model
 
+import data
 from benchmarks import accuracy, other_scores
 from core.config import Config
 from core.errors import RunError
-from selection import SCHEMES
+from selection import SCHEMES, rank_layers
 
 WEIGHTS = Path("weights.h5")
 TASKS = {**accuracy.TASKS, "quick": replace(accuracy.TASKS["digits"], **accuracy.SMALL)}
@@ -276,8 +277,9 @@ def test_difference_has_mean_interval_and_verdict():
     assert comparing.Difference((1.0, 2.0, 3.0)).verdict == "ahead"
     assert comparing.Difference((-1.0, -2.0, -3.0)).verdict == "behind"
     assert comparing.Difference((-1.0, 2.0, 3.0)).verdict == "undecided"
-    assert comparing.Difference((5.0,)).interval is None
-    assert comparing.Difference((5.0,)).verdict == "undecided"
+    for few in ((5.0,), (5.0, 6.0)):
+        assert comparing.Difference(few).interval is None
+        assert comparing.Difference(few).verdict == "undecided"
 
 
 def test_same_rho_pairs_seeds_and_averages_over_rhos():
@@ -331,13 +333,10 @@ def test_each_score_trains_its_layers_like_adabet(tmp_path, monkeypatch, capsys)
     (tmp_path / "logs" / "photo_cells" / "learning_rates.json").write_text(
         json.dumps({"act_norm_betti_train": {"learning_rate": 0.07}})
     )
-    monkeypatch.setattr(
-        other_scores, "best_layers", lambda cfg, scores: {s: [f"{s}{cfg.seed}", "last"] for s in scores}
-    )
+    layers = lambda function, cfg, scores: {score: [f"{score}{cfg.seed}", "last"] for score in scores}
+    monkeypatch.setattr(other_scores, "in_new_process", layers)
     started = []
-    monkeypatch.setattr(
-        subprocess, "run", lambda argv, check: started.append(argv) or subprocess.CompletedProcess(argv, 0)
-    )
+    monkeypatch.setattr(sweep, "main", lambda argv: started.append(argv) or 0)
     assert other_scores.main(command) == 0
     (like,) = accuracy.planned(
         [*accuracy.arguments(TASKS["photo_cells"], Path("logs/photo_cells"), WEIGHTS), "--seeds", "1",
@@ -345,15 +344,36 @@ def test_each_score_trains_its_layers_like_adabet(tmp_path, monkeypatch, capsys)
     )  # fmt: skip
     found = {}
     for argv in started:
-        (run,) = accuracy.planned(argv[2:])
+        (run,) = accuracy.planned([word for word in argv if word != "--skip_prepare"])
         file = Path(run.cfg.layers.removeprefix("@"))
-        found[file.stem] = file.read_text().split()
+        found[file.parent.name, run.cfg.seed] = file.read_text().split()
         if run.cfg.seed == 1:
             only = {"train_type", "rho", "layers", "log_dir", "run_name", "num_betti_batches"}
             assert {k: v for k, v in asdict(run.cfg).items() if k not in only} == {
                 k: v for k, v in asdict(like.cfg).items() if k not in only
             }
-    assert found == {f"{s}_seed{n}": [f"{s}{n}", "last"] for s in other_scores.SCORES for n in (0, 1)}
+    assert found == {(s, n): [f"{s}{n}", "last"] for s in other_scores.SCORES for n in (0, 1)}
+
+
+def test_scores_of_a_network_by_hand(data_dir):
+    cfg = Config(dataset_name="digits", input_size=16, data_dir=data_dir, batch_size=8, limit_train=40)
+    network = network_of(tiny_model(), "stored")
+    images = data.load(cfg)
+    clouds = other_scores.Clouds(cfg, images, network)
+    selection = rank_layers(network, images.selection_batches(8, cfg.num_betti_batches), rho=0.5)
+    assert clouds.betti_1.T.tolist() == [row["betti_1_per_batch"] for row in selection.layers]
+    assert clouds.sizes.tolist() == [8 * row["activation_size"] for row in selection.layers]
+    # Layer sizes are 8 x 8 x 8 three times, 4 x 4 x 12 twice, and 10.
+    assert clouds.bytes_to_train.tolist() == [4 * 8 * n for n in (1930, 1418, 906, 394, 202, 10)]
+    for lengths, counts in zip(clouds.bar_lengths.ravel(), clouds.betti_1.ravel()):
+        assert (lengths > 0) == (counts > 0)
+    # A square of side 1 has one bar, from 1 to the diagonal; seen from its centre its corners have length 1.
+    corners = np.array([[0, 0], [0, 1], [1, 1], [1, 0]])
+    clouds.distances = [[np.linalg.norm(corners[:, None] - corners, axis=2)]]
+    for name in ("betti_1", "bar_lengths", "betti_1_of_directions"):
+        vars(clouds).pop(name, None)
+    assert clouds.bar_lengths == pytest.approx(np.sqrt(2) - 1)
+    assert clouds.betti_1_of_directions.tolist() == [[1]]
 
 
 # ---------------------------------------------------------------- the page
@@ -454,13 +474,58 @@ def test_other_scores_are_compared_with_adabet(tmp_path):
     for seed in range(3):
         cfg = Config(model_name="mobilenetv2", train_type="listed_layers", rho=None, layers="@l", seed=seed)
         make_run(tmp_path / "logs" / "digits" / "scores" / "persistence" / f"run{seed}", cfg, test=82.0 + 2 * seed)
+    (tmp_path / "logs" / "digits" / "scores" / "persistence" / "layers_0123.txt").write_text("layer1\n")
     text = page(tmp_path)
+    assert "benchmarks/other_scores.py --weights WEIGHTS.h5 --task digits" in text
     assert "| digits | persistence | 84.00 ± 2.00 | +3.00 | +2.00 to +4.00 | 3 | ahead |" in text
     assert "| digits | betti_train | 71.00 ± 1.00 | -10.00 | -10.00 to -10.00 | 3 | behind |" in text
     assert "listed_layers" not in text
     shutil.rmtree(tmp_path / "logs" / "digits")
     make_task(tmp_path / "logs" / "photo_cells")
     assert "| digits | persistence | 84.00 ± 2.00 | +3.00 | +2.00 to +4.00 | 3 | ahead |" in page(tmp_path)
+
+
+def test_scores_that_cannot_be_compared_are_refused(tmp_path, capsys):
+    make_task(tmp_path / "logs" / "digits")
+    for name, epochs in (("again", 10), ("longer", 99)):
+        for run in ("run", "twice"):
+            cfg = Config(model_name="mobilenetv2", train_type="listed_layers", rho=None, layers="@l", num_epochs=epochs)
+            make_run(tmp_path / "logs" / "digits" / "scores" / name / run, cfg)
+    assert results.main([str(tmp_path / "logs"), "--out", str(tmp_path / "docs")]) == 2
+    assert "different num_epochs" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "logs" / "digits" / "scores" / "longer")
+    assert results.main([str(tmp_path / "logs"), "--out", str(tmp_path / "docs")]) == 2
+    assert "two runs of ('again', None, 0)" in capsys.readouterr().err
+
+
+def test_quick_copies_have_names_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy, "search", lambda task, *others: same_rate(task))
+    monkeypatch.setattr(sweep, "main", lambda argv: 0)
+    assert accuracy.main(["--weights", str(WEIGHTS), "--task", "digits", "--quick", "--log_dir", "made"]) == 0
+    assert [path.name for path in Path("made").iterdir()] == ["digits_quick"]
+    make_task(tmp_path / "logs" / "digits_quick")
+    assert "    python benchmarks/accuracy.py --weights WEIGHTS.h5 --task digits --quick\n" in page(tmp_path)
+
+
+def test_run_that_failed_without_a_folder_is_counted(tmp_path):
+    make_task(tmp_path / "logs" / "digits")
+    failures = tmp_path / "logs" / "digits" / "runs" / "sweep"
+    failures.mkdir()
+    arguments = [
+        "--model_name",
+        "mobilenetv2",
+        "--train_type",
+        "rgn",
+        "--rho",
+        "0.1",
+        "--weights",
+        "none",
+        "--seed",
+        "0",
+    ]
+    (failures / "lost.json").write_text(json.dumps({"arguments": arguments, "exit_code": 1}))
+    page(tmp_path)
+    assert "Not finished: 1 failed." in (tmp_path / "docs" / "results" / "digits.md").read_text()
 
 
 def test_table_of_another_version_is_refused(tmp_path, capsys):
