@@ -77,6 +77,7 @@ test_memory.py::test_api_works_after_tensorflow_was_imported
 test_memory.py::test_budget_for_all_layers_has_no_next_layer
 test_memory.py::test_command_line_prints_three_figures
 test_memory.py::test_convention_gives_the_published_figures[vit
+test_memory.py::test_measured_peak_follows_the_scheme_unless_weights_are_given
 test_memory.py::test_longest_prefix_that_fits_trains
 test_memory.py::test_measured_peak_is_within_the_budget
 test_models.py::test_saved_networks_load_with_keras_alone

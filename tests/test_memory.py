@@ -209,6 +209,15 @@ def test_command_line_prints_three_figures(tmp_path):
     assert found["peak_at"] and found["device"] and "Traceback" not in done.stderr
 
 
+def test_measured_peak_follows_the_scheme_unless_weights_are_given():
+    cfg = Config(model_name="mobilenetv2", weights="none", input_size=32, batch_size=32, train_type="full_training")
+    selection, head, full = (
+        memory_utils.measure_peak(cfg, 10, *arguments).bytes for arguments in (["selection"], ["training", ()], [])
+    )
+    assert 0 < head < full / 2
+    assert selection < head
+
+
 def test_table_names_the_convention():
     found = memory_utils.Figures(None, 2 * MB, 3.0, dict.fromkeys(estimate.PARTS, 0), "conv", "CPU:0")
     text = memory_utils.table(Config(), found)

@@ -22,6 +22,7 @@ from scipy.spatial.distance import pdist, squareform
 
 from core.config import Config
 from core.errors import UsageError
+from core.files import whole_file
 from run import flags
 from run import folder as run_folder
 from selection.betti import betti_1_of_each
@@ -272,3 +273,14 @@ def test_any_arguments_give_a_config_or_one_line(argv):
             assert stop.code == 2 and len(err.getvalue().splitlines()) == 1 and out.getvalue() == ""
     else:
         assert isinstance(cfg, Config)
+
+
+def test_two_writers_of_a_file_do_not_disturb_each_other(tmp_path):
+    path = tmp_path / "file"
+    with whole_file(path) as first:
+        with whole_file(path) as second:
+            second.write(b"second")
+            first.write(b"first")
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
