@@ -33,6 +33,7 @@ from core.files import write_whole
 CSV_COLUMNS = (
     "task", "part", "run", "fingerprint", "date", "status", "train_type", "rho", "seed", "learning_rate", "accuracy",
     "val_accuracy", "peak_memory_bytes_measured", "epoch_s", "selection_s", "num_trained_weights", "timed",
+    "num_classes", "test_images",
 )  # fmt: skip
 
 SCORE = "score:"  # before a score's name, in the column `part`
@@ -144,6 +145,7 @@ def rows_of(task):
         {
             **run.config, **run.summary, "task": task.name, "part": part, "run": run.folder.name, "date": date(run),
             "status": run.status, "timed": part == "runs" and run.seed == task.timed_seed,
+            "test_images": (run.config.get("split_sizes") or {}).get("test"),
         }
         for part, runs in parts.items()
         for run in runs
@@ -182,7 +184,8 @@ def task_of(name, rows):
     runs, scores, timed_seed = [], {}, None
     for row in rows:
         config = {"train_type": row["train_type"], "rho": value(row["rho"]), "seed": int(row["seed"]),
-                  "learning_rate": value(row["learning_rate"])}  # fmt: skip
+                  "learning_rate": value(row["learning_rate"]), "num_classes": value(row["num_classes"]),
+                  "split_sizes": {"test": value(row["test_images"])}}  # fmt: skip
         summary = {metric.key: value(row[metric.key]) for metric in COLUMNS}
         run = run_folders.Run(Path(row["run"]), config, summary, row["status"])
         if row["part"] == "runs":

@@ -4,6 +4,7 @@ import statistics
 from collections import Counter
 
 import comparing
+from scipy.stats import binom
 from table import METRICS, Cell, Metric, bar
 
 from core.config import Config
@@ -138,7 +139,8 @@ def rule():
         "accuracy is interpolated over the measured peak along rho, with the head alone as rho 0; runs of AdaBet "
         "outside the opponent's peaks are left out, and the last column counts the others. A comparison without a "
         "common rho or peak is missing. For elastic_training, rho is a share of time. ± is the sample standard "
-        "deviation over seeds."
+        "deviation over seeds. The test accuracy of a run at chance is one that guessing "
+        "reaches with a probability over 5 % (binomial)."
     ]
 
 
@@ -194,10 +196,18 @@ def accuracy_text(task, place):
 
 
 def spread(runs):
-    """Returns the text of the accuracy of some runs: mean and sample standard deviation."""
+    """Returns the text of the accuracy of some runs: mean, sample standard deviation, and runs at chance."""
     cell = Cell(list(runs), "")
-    sd = cell.sd(ACCURACY)
-    return number(cell.mean(ACCURACY), ACCURACY.digits) + ("" if sd is None else f" ± {sd:.{ACCURACY.digits}f}")
+    sd, guesses = cell.sd(ACCURACY), sum(map(at_chance, cell.runs))
+    text = number(cell.mean(ACCURACY), ACCURACY.digits) + ("" if sd is None else f" ± {sd:.{ACCURACY.digits}f}")
+    return text + (f" ({guesses} at chance)" if guesses else "")
+
+
+def at_chance(run):
+    """Returns whether guessing gives a test accuracy as high as this with a probability over 5 % (binomial)."""
+    images = run.config["split_sizes"]["test"]
+    correct = round(run.summary[ACCURACY.key] * images / 100)
+    return binom.sf(correct - 1, images, 1 / run.config["num_classes"]) > 0.05
 
 
 def task_page(task):

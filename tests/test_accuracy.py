@@ -36,6 +36,7 @@ def make_run(folder, cfg, test=50.0, val=50.0, val_loss=1.0, status="done", memo
     config = {
         **asdict(cfg), "bn_stats": "stored", "fingerprint": f"print-{folder.name}", "device": "CPU:0", "cpu_count": 2,
         "split_sizes": {"train": 270, "validation": 30, "test": 360}, "weights_provenance": {"source": "file", "sha256": "abc"},
+        "num_classes": 10,
     }  # fmt: skip
     summary = {
         "status": status, "accuracy": test, "val_accuracy": val, "best_epoch": 2, "epoch_s": 1.0 + cfg.seed, "selection_s": 0.5,
@@ -436,6 +437,19 @@ def test_page_has_the_figures_of_the_runs(tmp_path):
     assert "| act_norm_betti_train | 1.00 | 1.00 | 0.50 | 1.00 |" in text  # stability
     assert "| fisher | 0.777 | - | 0.01 |" in text  # learning rates
     assert (tmp_path / "docs" / "results" / "digits.svg").stat().st_size < 200_000
+
+
+@pytest.mark.parametrize(("correct", "guessed"), [(46, True), (47, False)])
+def test_run_at_chance_is_one_that_guessing_reaches(tmp_path, correct, guessed):
+    # Of 360 guesses among ten classes, 46 are right with a probability of 5.1 %, 47 with one of 3.6 %.
+    make_task(tmp_path / "logs" / "digits")
+    make_run(
+        tmp_path / "logs" / "digits" / "runs" / "poor",
+        Config(train_type="prunetrain", seed=0, rho=None, num_betti_batches=None, model_name="mobilenetv2"),
+        test=100 * correct / 360,
+    )
+    chance = f"{100 * correct / 360:.2f} (1 at chance)"
+    assert (chance in page(tmp_path)) == guessed
 
 
 def test_same_runs_give_the_same_files(tmp_path):
