@@ -14,7 +14,7 @@ test-long: .venv/test.stamp
 	$(BIN)/python -m pytest -m long --numprocesses 2 --dist loadfile
 
 test-fast: .venv/test.stamp
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not long" --numprocesses 2 --dist loadfile
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
