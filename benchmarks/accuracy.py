@@ -120,9 +120,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     log_dir = args.log_dir or Path("logs/accuracy_quick" if args.quick else "logs/accuracy")
     try:
-        tasks = {name: part(TASKS[name], args) for name in args.task}
-        if args.quick:
-            tasks = {name + QUICK_NAME: part(replace(TASKS[name], **SMALL), args) for name in args.task}
+        ending, changes = (QUICK_NAME, SMALL) if args.quick else ("", {})
+        tasks = {name + ending: part(replace(TASKS[name], **changes), args) for name in args.task}
         print(estimate(tasks, log_dir, args.weights), flush=True)
         return max([measure(task, log_dir / name, args.weights) for name, task in tasks.items()])
     except (RunError, UsageError) as error:

@@ -25,20 +25,19 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import numpy as np
+from results_page import ADABET, RHO
 
 from benchmarks import accuracy
 from core import environment
-from core.config import Config
 from core.errors import RunError, UsageError
 from core.files import write_whole
 from selection.betti import COEFFICIENT_FIELD, betti_1_of_each
 from selection.ranking import layer_budget, rank
 from selection.topology import DIVISORS
-
-ADABET, RHO = Config.train_type, 0.1
 
 
 class Clouds:

@@ -22,10 +22,10 @@ def report(tasks):
     """Returns the page on all tasks, which needs what results.csv holds."""
     compared = {task.name: comparisons(task) for task in tasks}
     overall = [
-        [name, opponent, equal, *difference_texts(d), count or "all"]
+        [name, *comparison_row(*row)]
         for name, rows in compared.items()
-        for opponent, equal, d, count in rows
-        if equal in ("rho", "memory")
+        for row in rows
+        if row[1] in ("rho", "memory")  # the page of the task has each rho
     ]
     parts = [
         "# Results", "", verdict(compared), "", *rule(), "", "## In short", "", *in_short(tasks), "",
@@ -218,9 +218,6 @@ def task_page(task):
     dates = " to ".join(dict.fromkeys((min(days), max(days))))
     undone = Counter(run.status for run in task.runs if run.status != "done")
     weights = {found["sha256"] for run in task.runs if (found := run.config.get("weights_provenance"))}
-    compared = [
-        [opponent, equal, *difference_texts(d), count or "all"] for opponent, equal, d, count in comparisons(task)
-    ]
     parts = [
         f"# {task.name}",
         "",
@@ -243,7 +240,7 @@ def task_page(task):
         "",
         "[results.md](../results.md) explains the comparisons.",
         "",
-        *markdown(COMPARED, compared),
+        *markdown(COMPARED, [comparison_row(*row) for row in comparisons(task)]),
         "",
         "## What decides the score",
         "",
@@ -262,6 +259,11 @@ def task_page(task):
         "whichever is higher, and the time per epoch is without it.",
     ]
     return "\n".join(parts) + "\n"
+
+
+def comparison_row(opponent, equal, difference, count):
+    """Returns the texts of a comparison, in the columns of `COMPARED`."""
+    return [opponent, equal, *difference_texts(difference), count or "all"]
 
 
 def difference_texts(difference):

@@ -525,18 +525,7 @@ def test_run_that_failed_without_a_folder_is_counted(tmp_path):
     make_task(tmp_path / "logs" / "digits")
     failures = tmp_path / "logs" / "digits" / "runs" / "sweep"
     failures.mkdir()
-    arguments = [
-        "--model_name",
-        "mobilenetv2",
-        "--train_type",
-        "rgn",
-        "--rho",
-        "0.1",
-        "--weights",
-        "none",
-        "--seed",
-        "0",
-    ]
+    arguments = "--model_name mobilenetv2 --train_type rgn --rho 0.1 --weights none --seed 0".split()
     (failures / "lost.json").write_text(json.dumps({"arguments": arguments, "exit_code": 1}))
     page(tmp_path)
     assert "Not finished: 1 failed." in (tmp_path / "docs" / "results" / "digits.md").read_text()
