@@ -143,6 +143,7 @@ def test_unknown_name_gets_the_closest(capsys, name, closest):
     assert re.search(rf"Received: '{name}'; the closest: .*{closest}", line)
 
 
+@pytest.mark.slow
 def test_model_alpha_sets_the_width():
     widths = {}
     for alpha in (None, 0.35, 1.0):

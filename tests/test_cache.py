@@ -185,6 +185,7 @@ def test_size_of_cached_training_batches_is_known_when_traced(data_dir):
     assert inputs.shape[0] == labels.shape[0] == 16
 
 
+@pytest.mark.slow
 def test_cached_training_equals_uncached_training(run, tmp_path):
     assert run("plain", "--augment", "False", "--cache_features", "off") == 0
     assert run("memory", "--augment", "False", "--cache_features", "memory") == 0
@@ -287,6 +288,7 @@ def test_caching_that_changes_the_result_is_refused(flags, message, run, tmp_pat
     assert not (tmp_path / "refused").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, where",
     [
@@ -303,6 +305,7 @@ def test_auto_caches_if_the_result_stays_and_time_is_saved(flags, where, run, tm
     assert record(tmp_path / "chosen", "config.json")["cached"] is (where != "off")
 
 
+@pytest.mark.slow
 def test_first_layers_that_train_leave_nothing_to_cache(run, tmp_path, capsys):
     assert run("first", "--augment", "False", "--cache_features", "memory", "--layers", "^stem$") == 0
     assert "there is nothing to cache" in capsys.readouterr().err

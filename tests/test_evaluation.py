@@ -27,6 +27,7 @@ def finished(tiny, tmp_path):  # noqa: F811
     return tmp_path / "logs" / "rho0.1"
 
 
+@pytest.mark.slow
 def test_run_folder_is_evaluated_on_its_own_data(finished, tmp_path, capsys):
     summary = json.loads((finished / "summary.json").read_text())
     record = json.loads((finished / "config.json").read_text())

@@ -177,6 +177,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_backbone_consists_of_known_operations(name):
     export.check(NETWORKS[name](), Config(model_name=name, litert_batch=2))
@@ -269,6 +270,7 @@ def tiny(monkeypatch, tmp_path, data_dir):
     return lambda *argv: main([*words, *argv])
 
 
+@pytest.mark.slow
 def test_main_exports_the_network_that_it_saves(tiny, tmp_path):
     assert tiny("--save_model", "--litert_batch", str(BATCH), "--momentum", "0") == 0
     model, images = litert_train.Model(tmp_path / "run" / "model.tflite", 1), batches(1, size=32)[0][0]
@@ -276,6 +278,7 @@ def test_main_exports_the_network_that_it_saves(tiny, tmp_path):
     np.testing.assert_allclose(model.logits(images), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.slow
 def test_select_only_exports_the_network_as_it_was(tiny, tmp_path):
     assert tiny("--select_only", "--litert_batch", str(BATCH)) == 0
     model, images = litert_train.Model(tmp_path / "run" / "model.tflite", 1), batches(1, size=32)[0][0]

@@ -271,6 +271,7 @@ def fitted(tmp_path_factory):
     return network, unfrozen, listed, moved(network.model, before)
 
 
+@pytest.mark.slow
 def test_fit_moves_exactly_the_unfrozen_variables(fitted):
     network, unfrozen, listed, moved_paths = fitted
     assert network.bn_stats == "stored"

@@ -253,6 +253,7 @@ PAIRS = st.lists(st.tuples(st.sampled_from(FLAGS), VALUES), max_size=6).map(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=3000)
 @given(st.one_of(st.lists(WORDS, max_size=10), PAIRS))
 def test_any_arguments_give_a_config_or_one_line(argv):

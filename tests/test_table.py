@@ -167,6 +167,7 @@ def no_measuring(monkeypatch):
     monkeypatch.setattr(plot, "inference_peak_bytes", lambda config: 60e6)
 
 
+@pytest.mark.slow
 def test_all_plots_of_unfinished_logs_are_drawn(logs, tmp_path, capsys, no_measuring):
     adabet(logs, 88.0, 0, rho=0.3)
     out = tmp_path / "plots"
