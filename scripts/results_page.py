@@ -13,6 +13,11 @@ ADABET, SIZE_ONLY, B1_ONLY, HEAD = Config.train_type, "smallest_activations", "b
 OPPONENTS = ("random_layers", "last_layers", SIZE_ONLY, "fisher", "elastic_training")
 RHO = 0.1  # where one rho stands for all
 QUICK_NAME = "_quick"  # ends the names of small copies: their figures must not pass for a task's
+# What a reader has to know of a task's history.
+NOTES = {
+    "digits": "Single runs on this set (seed 0, 30 epochs) had been seen before the learning rates to try and the number "
+    "of epochs were fixed."
+}
 COMPARED = ("against", "at the same", "difference (points)", "95 % interval", "seeds", "AdaBet is", "runs compared")
 COLUMNS = (*METRICS, Metric("Trained weights (thousands)", "num_trained_weights", 1e3, 1, "trained_weights"))
 ACCURACY, MEMORY, *TIMES = METRICS
@@ -230,7 +235,8 @@ def task_page(task):
             "Times are not reported: two runs shared the machine."
             if task.timed_seed is None
             else f"Times are those of seed {task.timed_seed}, whose runs had the machine to themselves."
-        ),
+        )
+        + (f" {NOTES[task.name]}" if task.name in NOTES else ""),
         "",
         f"![accuracy over memory and over rho]({task.name}.svg)",
         "",
