@@ -15,7 +15,7 @@ RHO = 0.1  # where one rho stands for all
 QUICK_NAME = "_quick"  # ends the names of small copies: their figures must not pass for a task's
 # What a reader has to know of a task's history.
 NOTES = {
-    "digits": "Single runs on this set (seed 0, 30 epochs) had been seen before its learning rates and epochs were fixed."
+    "digits": "Single runs on this set (seed 0, 30 epochs) were seen before its learning rates and epochs were fixed."
 }
 COMPARED = ("against", "at the same", "difference (points)", "95 % interval", "seeds", "AdaBet is", "runs compared")
 COLUMNS = (*METRICS, Metric("Trained weights (thousands)", "num_trained_weights", 1e3, 1, "trained_weights"))
