@@ -25,6 +25,7 @@ from core.config import Config
 from core.errors import RunError
 from selection import SCHEMES, rank_layers
 
+pytestmark = pytest.mark.slow  # many run folders and pictures
 WEIGHTS = Path("weights.h5")
 TASKS = {**accuracy.TASKS, "quick": replace(accuracy.TASKS["digits"], **accuracy.SMALL)}
 LAYERS = [f"layer{i}" for i in range(10)]
@@ -356,7 +357,6 @@ def test_each_score_trains_its_layers_like_adabet(tmp_path, monkeypatch, capsys)
     assert found == {(s, n): [f"{s}{n}", "last"] for s in other_scores.SCORES for n in (0, 1)}
 
 
-@pytest.mark.slow
 def test_scores_of_a_network_by_hand(data_dir):
     cfg = Config(dataset_name="digits", input_size=16, data_dir=data_dir, batch_size=8, limit_train=40)
     network = network_of(tiny_model(), "stored")
@@ -471,7 +471,6 @@ def test_csv_lists_every_run_with_its_fingerprint(tmp_path):
     assert Counter(row["part"] for row in rows) == {"runs": len(folders) - 1, "search": 1}
 
 
-@pytest.mark.slow
 def test_tasks_of_other_log_folders_are_kept(tmp_path):
     make_task(tmp_path / "logs" / "digits")
     make_task(tmp_path / "logs" / "photo_cells", adabet=60.0)

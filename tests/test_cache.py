@@ -114,6 +114,7 @@ def test_no_cut_if_the_first_layer_trains():
     assert cut is None or cut.saved < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_name", ["resnet50", "mobilenetv2"])
 def test_cut_inside_a_residual_block_keeps_each_branch(model_name):
     keras.backend.clear_session()

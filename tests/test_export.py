@@ -324,6 +324,7 @@ def test_int8_file_computes_what_its_quantized_kernels_do(tmp_path):
     np.testing.assert_allclose(found["int8"], found["float32"], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision, share", [("float16", 0.6), ("int8", 0.4)])
 def test_smaller_storage_shrinks_the_file_and_keeps_the_loss(tmp_path, precision, share):
     keras.utils.set_random_seed(0)

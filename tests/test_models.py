@@ -132,6 +132,7 @@ def test_logits_from_raw_images(networks, name):
     np.testing.assert_allclose(network.model.predict(images().astype("uint8"), verbose=0), logits, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_other_sizes_and_class_counts(small_vit):
     for name, size in [("mobilenetv2", 45), ("vgg16", 50), ("vit", 48)]:
         network = build(name, num_classes=3, input_size=size, dropout=0.5)
