@@ -43,7 +43,6 @@ from selection import SCHEMES
 
 MODEL, INPUT_SIZE = "mobilenetv2", 96
 RATES_FILE = "learning_rates.json"
-SEARCH_RHO = "0.1"  # of the search; the elastic schemes keep their default
 OTHERS = ("weight_norm_betti_train", "fisher_channels", "rgn", "spectrum")
 EVERY = tuple(name for name in SCHEMES if name != "listed_layers")
 QUICK = (
@@ -68,6 +67,8 @@ class Task:
         timed: bool. Whether the first seed's runs have the machine to themselves.
         seeds: tuple of int, of the reported runs.
         search_seeds: tuple of int, of the search for learning rates.
+        search_rhos: tuple of str. With 0.1 alone, rates were chosen at which higher rhos collapse.
+            The elastic schemes keep their default.
         rates: tuple of str. The grid of the search, ascending.
         rhos: tuple of str.
         other_rhos: tuple of str, for the schemes of OTHERS.
@@ -83,6 +84,7 @@ class Task:
     timed: bool = False
     seeds: tuple = (0, 1, 2)
     search_seeds: tuple = (100, 101)
+    search_rhos: tuple = ("0.1", "0.4")
     rates: tuple = ("3e-3", "1e-2", "3e-2", "1e-1")
     rhos: tuple = ("0.05", "0.1", "0.2", "0.4")
     other_rhos: tuple = ("0.1",)
@@ -94,13 +96,15 @@ class Task:
 TASKS = {
     "digits": Task(300, timed=True, seeds=(0, 1, 2, 3, 4), other_rhos=("0.1", "0.2")),
     "digits_all": Task(1437, limited=False, timed=True, num_epochs=8, search_seeds=(100,)),
-    "shifted_digits": Task(300, maker="make_shifted_digits", rhos=("0.1", "0.2"), schemes=MAIN),
-    "photo_cells": Task(300, maker="make_photo_cells", rhos=("0.1", "0.2"), schemes=MAIN),
+    "shifted_digits": Task(
+        300, maker="make_shifted_digits", rhos=("0.1", "0.2"), search_rhos=("0.1", "0.2"), schemes=MAIN
+    ),
+    "photo_cells": Task(300, maker="make_photo_cells", rhos=("0.1", "0.2"), search_rhos=("0.1", "0.2"), schemes=MAIN),
 }
 SMALL = {
     "images": 150, "limited": True, "num_epochs": 8, "seeds": (0, 1), "search_seeds": (100,),
-    "rates": ("1e-2", "3e-2"), "rhos": ("0.1", "0.2"), "elastic_rhos": ("0.533",), "selections": 1,
-    "schemes": QUICK,
+    "search_rhos": ("0.1",), "rates": ("1e-2", "3e-2"), "rhos": ("0.1", "0.2"), "elastic_rhos": ("0.533",),
+    "selections": 1, "schemes": QUICK,
 }  # fmt: skip
 
 
@@ -150,7 +154,7 @@ def measure(task, folder, weights):
         image_folders.write(importlib.import_module(task.maker).images(seed=0), folder / "images")
     write_whole(folder / "task.json", json.dumps({"timed_seed": task.seeds[0] if task.timed else None}) + "\n")
     rates = known_rates(folder)
-    if unknown := [scheme for scheme in task.schemes if scheme not in rates]:
+    if unknown := unsearched(task, rates):
         rates |= search(replace(task, schemes=unknown), folder, weights)
         write_whole(folder / RATES_FILE, json.dumps(rates, indent=2) + "\n")
     return run_sweeps(reported_sweeps(task, folder, weights, rates))
@@ -162,8 +166,14 @@ def known_rates(folder):
     return json.loads(file.read_text()) if file.exists() else {}
 
 
+def unsearched(task, rates):
+    """Returns the schemes of a task that have no rate, or one of a search with other seeds or rhos."""
+    settings = {"seeds": list(task.search_seeds), "rhos": list(task.search_rhos)}
+    return [scheme for scheme in task.schemes if not settings.items() <= rates.get(scheme, {}).items()]
+
+
 def search(task, folder, weights):
-    """Returns a learning rate for each scheme of a task, as `choose_rates` does.
+    """Returns a learning rate for each scheme of a task, as `choose_rates` does, with the rhos searched.
 
     Starts in the middle of the grid, and tries the neighbours of the best rate until it
     is better than both or at the grid's end.
@@ -179,17 +189,17 @@ def search(task, folder, weights):
             best = grid.index(chosen[scheme]["learning_rate"])
             wider[scheme] = rates | set(task.rates[max(best - 1, 0) : best + 2])
         if wider == tried:
-            return chosen
+            return {scheme: {**row, "rhos": list(task.search_rhos)} for scheme, row in chosen.items()}
         tried = wider
 
 
 def search_sweeps(task, folder, weights, rates):
     """Returns the sweeps of a search, each a list of arguments, given the rates to try by scheme."""
     return [
-        # One rho for each scheme, and no test split worth mentioning: the test plays no role here.
+        # No test split worth mentioning: the test plays no role here.
         [*arguments(task, folder, weights), "--log_dir", str(folder / "search"),
-         "--seeds", ",".join(map(str, task.search_seeds)), "--train_types", ",".join(schemes), "--rhos", SEARCH_RHO,
-         "--learning_rate", rate, "--limit_test", "20", *jobs(2)]
+         "--seeds", ",".join(map(str, task.search_seeds)), "--train_types", ",".join(schemes),
+         "--rhos", ",".join(task.search_rhos), "--learning_rate", rate, "--limit_test", "20", *jobs(2)]
         for rate in task.rates
         if (schemes := [scheme for scheme in task.schemes if rate in rates[scheme]])
     ]  # fmt: skip
@@ -304,7 +314,7 @@ def estimate(tasks, log_dir, weights):
     for name, task in tasks.items():
         folder = log_dir / name
         rates = known_rates(folder)
-        unknown = replace(task, schemes=[scheme for scheme in task.schemes if scheme not in rates])
+        unknown = replace(task, schemes=unsearched(task, rates))
         # A search takes three rates of four, and any rate of the reported runs will do.
         searches = search_sweeps(unknown, folder, weights, dict.fromkeys(unknown.schemes, task.rates[:3]))
         any_rate = {scheme: {"learning_rate": 0.01} for scheme in unknown.schemes}

@@ -342,13 +342,14 @@ def stability(task):
 def rates_table(task):
     """Returns the validation losses of the search for learning rates."""
     grid = sorted({rate for row in task.rates.values() for rate in row["val_loss"]}, key=float)
-    seeds = ", ".join(str(seed) for seed in next(iter(task.rates.values()))["seeds"])
+    row = next(iter(task.rates.values()))
+    seeds, rhos = (", ".join(map(str, row[name])) for name in ("seeds", "rhos"))
     rows = [
         [scheme, *(number(row["val_loss"].get(rate), 3) for rate in grid), f"{row['learning_rate']:g}"]
         for scheme, row in task.rates.items()
     ]
     return [
-        f"Validation loss, mean over seeds {seeds}, at rho {RHO:g} or the elastic schemes' default; the lowest is "
+        f"Validation loss, mean over seeds {seeds} and rho {rhos} (elastic schemes: their default); the lowest is "
         "chosen. A rate without a figure diverged, or was not tried, since a better one lay between. The test split "
         "plays no role.",
         "",

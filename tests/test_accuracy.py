@@ -75,7 +75,8 @@ def planned(sweeps):
 
 
 def same_rate(task, rate=0.01):
-    return {scheme: {"learning_rate": rate} for scheme in task.schemes}
+    searched = {"seeds": list(task.search_seeds), "rhos": list(task.search_rhos)}
+    return {scheme: {"learning_rate": rate, **searched} for scheme in task.schemes}
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -84,6 +85,8 @@ def test_search_has_seeds_of_its_own_and_hardly_any_test_image(name):
     search = planned(accuracy.search_sweeps(task, Path("task"), WEIGHTS, dict.fromkeys(task.schemes, task.rates)))
     reported = planned(accuracy.reported_sweeps(task, Path("task"), WEIGHTS, same_rate(task)))
     assert {cfg.seed for cfg in search} == set(task.search_seeds)
+    assert {cfg.rho for cfg in search if cfg.train_type == "random_layers"} == set(map(float, task.search_rhos))
+    assert set(task.search_rhos) <= set(task.rhos)
     assert {cfg.seed for cfg in reported} == set(task.seeds)
     assert not {cfg.seed for cfg in search} & {cfg.seed for cfg in reported}
     assert {cfg.limit_test for cfg in search} == {20}
@@ -112,6 +115,32 @@ def test_search_tries_rates_until_the_best_has_worse_neighbours(tmp_path, monkey
     for row in found.values():
         assert row["learning_rate"] == best
         assert list(map(float, row["val_loss"])) == tried
+
+
+def test_rate_at_which_a_higher_rho_collapses_is_not_chosen(tmp_path, monkeypatch):
+    def train(argv):
+        for run in accuracy.planned(argv):
+            collapses = run.cfg.rho == 0.4 and run.cfg.learning_rate > 0.01
+            loss = 2.3 if collapses else abs(np.log(run.cfg.learning_rate / 0.03))
+            if not run.folder.exists():
+                make_run(run.folder, run.cfg, val_loss=loss)
+        return 0
+
+    monkeypatch.setattr(sweep, "main", train)
+    task = replace(TASKS["digits"], schemes=("random_layers", "full_training"))
+    found = accuracy.search(task, tmp_path / "task", WEIGHTS)
+    assert {scheme: row["learning_rate"] for scheme, row in found.items()} == {
+        "random_layers": 0.01, "full_training": 0.03,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("other", [{"seeds": [100]}, {"rhos": ["0.1"]}])
+def test_rates_of_another_search_are_searched_again(other):
+    task = TASKS["digits"]
+    rates = same_rate(task)
+    assert accuracy.unsearched(task, rates) == []
+    rates["fisher"] |= other
+    assert accuracy.unsearched(task, rates) == ["fisher"]
 
 
 def test_known_schemes_are_not_searched_again(tmp_path, monkeypatch):
@@ -396,7 +425,10 @@ def make_task(root, adabet=80.0, others=70.0):
             figures = {"test": level + seed, "memory_mb": memory + 100 * (rho or 0)}
             make_run(root / "runs" / f"{scheme}_{rho}_{seed}", cfg, **figures, **made)
     make_run(root / "search" / "searched", Config(model_name="mobilenetv2", seed=100))
-    rates = {s: {"learning_rate": 0.01, "seeds": [100], "val_loss": {"0.01": 0.777, "0.1": None}} for s in schemes}
+    rates = {
+        s: {"learning_rate": 0.01, "seeds": [100], "rhos": ["0.1"], "val_loss": {"0.01": 0.777, "0.1": None}}
+        for s in schemes
+    }
     (root / "learning_rates.json").write_text(json.dumps(rates))
     (root / "task.json").write_text(json.dumps({"timed_seed": 0}))
 
