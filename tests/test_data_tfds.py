@@ -81,6 +81,7 @@ def test_names_are_pinned_unless_the_user_pins(name, expected):
     assert data.tfds_name(name) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PHOTO_SETS)
 def test_real_builder_prepares_a_miniature(name, monkeypatch, tmp_path):
     sizes = archives.prepare_miniature(name, tmp_path / "tfds", monkeypatch, tmp_path)

@@ -122,6 +122,7 @@ def test_any_layer_can_be_an_output(networks):
     assert part(images()).shape == (2, 2, 2, 1024)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(models.BACKBONES))
 def test_logits_from_raw_images(networks, name):
     network = networks[name]
