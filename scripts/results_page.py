@@ -342,7 +342,7 @@ def stability(task):
 def rates_table(task):
     """Returns the validation losses of the search for learning rates."""
     grid = sorted({rate for row in task.rates.values() for rate in row["val_loss"]}, key=float)
-    row = next(iter(task.rates.values()))
+    row = {"rhos": [RHO], **next(iter(task.rates.values()))}  # a file without rhos is from a search at that one
     seeds, rhos = (", ".join(map(str, row[name])) for name in ("seeds", "rhos"))
     rows = [
         [scheme, *(number(row["val_loss"].get(rate), 3) for rate in grid), f"{row['learning_rate']:g}"]
