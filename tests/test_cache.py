@@ -131,6 +131,7 @@ def test_cut_inside_a_residual_block_keeps_each_branch(model_name):
     np.testing.assert_array_equal(outputs(cut, images), network.model(images, training=False))
 
 
+@pytest.mark.slow
 def test_vit_is_cut_between_its_blocks():
     network = small_vit_network()
     freeze(
@@ -162,6 +163,7 @@ def test_operations_of_a_step_equal_a_hand_count(monkeypatch):
 # ---------------------------------------------------------------- the same training
 
 
+@pytest.mark.slow
 def test_cached_batches_are_those_of_uncached_training(data_dir):
     cfg = Config(limit_train=160, limit_test=40, batch_size=16, data_dir=data_dir, num_epochs=3)
     loaded = data.load(cfg)

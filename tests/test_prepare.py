@@ -61,6 +61,7 @@ def test_weights_saved_by_hand_are_used(offline, tmp_path):
     assert models.prepare(cfg) == path and offline == []
 
 
+@pytest.mark.slow
 def test_vit_preset_is_a_folder_of_two_files(offline, tmp_path):
     files = models.files_to_fetch(Config(model_name="vit", input_size=224))
     assert [path.rsplit("/", 1)[1] for _, path in files] == ["config.json", "model.weights.h5"]
