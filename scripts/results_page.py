@@ -349,7 +349,8 @@ def rates_table(task):
         for scheme, row in task.rates.items()
     ]
     return [
-        f"Validation loss, mean over seeds {seeds} and rho {rhos} (elastic schemes: their default); the lowest is "
+        f"Validation loss, mean over seeds {seeds} and rho {rhos} (elastic schemes: their default; a "
+        "scheme that is reported at fewer rhos: those); the lowest is "
         "chosen. A rate without a figure diverged, or was not tried, since a better one lay between. The test split "
         "plays no role.",
         "",

@@ -87,6 +87,8 @@ def test_search_has_seeds_of_its_own_and_hardly_any_test_image(name):
     assert {cfg.seed for cfg in search} == set(task.search_seeds)
     assert {cfg.rho for cfg in search if cfg.train_type == "random_layers"} == set(map(float, task.search_rhos))
     assert set(task.search_rhos) <= set(task.rhos)
+    for scheme in accuracy.OTHERS:  # no rate is chosen at a rho that is not reported
+        assert len({frozenset(cfg.rho for cfg in part if cfg.train_type == scheme) for part in (search, reported)}) == 1
     assert {cfg.seed for cfg in reported} == set(task.seeds)
     assert not {cfg.seed for cfg in search} & {cfg.seed for cfg in reported}
     assert {cfg.limit_test for cfg in search} == {20}
@@ -132,6 +134,7 @@ def test_rate_at_which_a_higher_rho_collapses_is_not_chosen(tmp_path, monkeypatc
     assert {scheme: row["learning_rate"] for scheme, row in found.items()} == {
         "random_layers": 0.01, "full_training": 0.03,
     }  # fmt: skip
+    assert accuracy.unsearched(task, found) == []
 
 
 @pytest.mark.parametrize("other", [{"seeds": [100]}, {"rhos": ["0.1"]}])
