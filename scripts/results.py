@@ -16,7 +16,6 @@ import csv
 import io
 import json
 import sys
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -124,10 +123,17 @@ def read(log_dir):
         # What failed without a folder never saw its weights: it differs from nothing in them.
         known = [run for _, run in every if run.config.get("weights_provenance")]
         unlike = run_folders.varying(known, ignored=run_folders.BY_SCHEME)
-        places = Counter((score or run.config["train_type"], run.config["rho"], run.seed) for score, run in every)
-        twice = [place for place, count in places.items() if count > 1]
+        places = {}
+        for score, run in every:
+            place = (score or run.config["train_type"], run.config["rho"], run.seed)
+            places.setdefault(place, []).append(run.folder.name)
+        twice = [
+            f"two runs of {place}, {' and '.join(names)}; keep the one with the rate of learning_rates.json"
+            for place, names in places.items()
+            if len(names) > 1
+        ]
         if unlike or twice:
-            what = f"different {', '.join(unlike)}" if unlike else f"two runs of {twice[0]}"
+            what = f"different {', '.join(unlike)}" if unlike else twice[0]
             raise UsageError(f"a task's runs must differ in scheme, rho and seed only. Received: {folder} with {what}.")
         if task.cells:
             tasks.append(task)
