@@ -225,7 +225,7 @@ def choose_cache(run: Progress) -> None:
     from training import features
 
     freeze(run.network.model, run.selection)
-    run.result.cached_in, message = features.choose(run.network, run.images, run.cfg)
+    run.result.cached_in, message, _ = features.choose(run.network, run.images, run.cfg)
     log.info("%s", message)
     cached = run.result.cached_in != "off"
     run.folder.write_json("config.json", report.config_record(run.cfg, run.images, run.network, run.folder, cached))

@@ -135,7 +135,7 @@ def estimate_training_peak(model: keras.Model, batch_shape: tuple | list[tuple])
 
     _check_compiled(model)
     if model.jit_compile:
-        log.warning("The estimate describes a step without XLA; compile the model with jit_compile=False to train so.")
+        log.warning("The estimate describes a step without XLA, which jit_compile=False turns off.")
     return estimate.of_training(model, batch_shape)
 
 

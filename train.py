@@ -219,7 +219,7 @@ def held_out_batches(model, data, split: str):
 def compile_anew(model, cfg: Config, total_steps: int, previous=None):
     """Compiles a model for the weights that train now, and returns the new optimizer.
 
-    An optimizer serves only the variables that it was built for, so that every
+    An optimizer serves only the variables that it was built for, so every
     selection needs a new one. Weights that trained before keep their slots, the
     others start from zero, and the learning rate continues.
 

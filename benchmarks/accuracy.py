@@ -9,9 +9,9 @@ For each task, a search first gives each scheme its learning rate, on validation
 and with seeds of its own, and writes them to LOG_DIR/TASK/learning_rates.json. Then each
 scheme trains with the rate in that file, at each rho and seed. All runs are a sweep's
 (scripts/sweep.py): finished runs are not repeated, and the same command continues.
-`--seeds` and `--schemes` make a part; the same command without them adds the rest.
+`--seeds` and `--schemes` run a part of a task; the same command without them runs the rest.
 
-The runs do not augment, so that frozen layers are computed once (docs/caching.md).
+The runs do not augment, so frozen layers are computed once (docs/caching.md).
 Elastic schemes count their times in FLOPs, which does not depend on the machine's load.
 On a CPU two runs share the machine, except those whose times are reported: the first
 seed's of the tasks on digits.

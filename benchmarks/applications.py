@@ -3,9 +3,9 @@
     python benchmarks/applications.py                                    # one network of each family
     python benchmarks/applications.py --model_name densenet121 --json
 
-Each network has its least input size, random weights and digits. It is ranked once with
-`--select_only` and trained for one epoch; a failure of either ends the check with exit
-code 1 after the table. `selection/forward` is the time of a selection over that of plain
+Each network has its minimum input size, random weights and digits. It is ranked once with
+`--select_only` and trained for one epoch. If either fails, the network's row says FAILED
+and the exit code is 1. `selection/forward` is the time of a selection over that of plain
 forward passes (benchmarks/selection.py); peaks are those of a training step, measured and
 estimated, in MB of 10^6 bytes.
 """

@@ -14,8 +14,8 @@ and batch size, trains on digits in processes of their own:
 * `ours_cached`: main.py on cached features, where the selection leaves a part to cache.
 
 Batch normalization uses stored statistics, as with pretrained weights. The learning rate is so low
-that random weights stay finite. The first epoch is left out. The rounds alternate the sides, so that a change of the
-machine's speed meets all of them, and the ratios are of medians over the rounds.
+that random weights stay finite. The first epoch is left out. Each round runs every side, so a change in the machine's
+speed affects all of them. The ratios are of medians over the rounds.
 """
 
 import argparse

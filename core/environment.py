@@ -11,7 +11,7 @@ Importing it only sets environment variables, unless the user has set them:
 * `KERAS_BACKEND` selects TensorFlow.
 
 In a process that imported TensorFlow first, such as a notebook, the variables are set all
-the same. TensorFlow reads some of them when it first computes, so that the memory of a CPU
+the same. TensorFlow reads some of them when it first computes, so the memory of a CPU
 may be impossible to measure; the first measurement then logs a warning.
 """
 

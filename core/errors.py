@@ -10,3 +10,9 @@ class UsageError(Exception):
 
 class RunError(Exception):
     """A failure while running, unreachable weights or data included: exit code 1."""
+
+
+def one_line(error: BaseException, longest: int = 300) -> str:
+    """Returns the message of an error as one line of at most about `longest` characters, or its type's name."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= longest else text[:longest] + "..."

@@ -15,7 +15,7 @@ def load() -> tuple[np.ndarray, np.ndarray]:
 
 
 def split(labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the positions of `train` and `test`: stratified, and part of the data set, so apart from --seed."""
+    """Returns the positions of `train` and `test`. The split is stratified, and the same for every --seed."""
     from sklearn.model_selection import train_test_split
 
     train, test = train_test_split(np.arange(len(labels)), test_size=TEST_IMAGES, stratify=labels, random_state=0)

@@ -155,7 +155,7 @@ def _unpacked_pixels(image):
 def without_bad_images(source: Source, parts: dict, cfg: Config) -> tuple[dict, list | None]:
     """Checks every image file that a run will read, and leaves out the bad ones if `--skip_bad_images` is set.
 
-    The check comes after the split, so that no other image changes its part.
+    The check comes after the split, so no other image changes its part.
 
     Args:
         source: data.source.Source.

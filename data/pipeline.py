@@ -94,7 +94,7 @@ class Data:
 
     @property
     def outside_bytes(self):
-        """int. Size of weights in memory that batches of images do not pass: none."""
+        """int. Size of the weights outside the model that trains: 0, as no prefix is cached."""
         return 0
 
     def train_order(self, first_epoch, num_epochs, first_step=0):

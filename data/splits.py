@@ -11,7 +11,7 @@ from core.errors import UsageError
 VALIDATION_SHARE = 0.1  # of train, if the set has no validation split
 TEST_SHARE = 0.2  # of train, if the set has neither a test nor a validation split
 
-# Each draw has random numbers of its own, so that one limit does not change another draw.
+# Each draw has random numbers of its own, so one limit does not change another draw.
 _DRAWS = {"test": 1, "limit_train": 2, "limit_test": 3, "validation": 4}
 
 
@@ -61,7 +61,7 @@ def assign(labels: dict, names: tuple, cfg: Config) -> dict:
         positions in that split). `validation` is None under protocol `paper`.
 
     Raises:
-        UsageError: if no train split, or too few images to split.
+        UsageError: if there is no train split, or too few images to split.
     """
     available = [name for name in names if name in labels and len(labels[name]) and labels[name].min() >= 0]
     train_name, validation_name, test_name = names

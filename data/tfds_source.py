@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 import data
 from core import reachability
 from core.config import Config
-from core.errors import RunError, UsageError
+from core.errors import RunError, UsageError, one_line
 from data import digits  # noqa: F401  (defining the builder registers it with TFDS)
 from data.source import Source, check_num_classes
 
@@ -35,8 +35,8 @@ def open_source(cfg: Config) -> Source:
         cfg: Config. Reads `dataset_name`, `data_dir` and `num_classes`.
 
     Raises:
-        UsageError: if unknown name, a set without image and label, an unusable
-            `data_dir`, or a contradicting `num_classes`.
+        UsageError: if the name is unknown, the set has no image and label, `data_dir` is
+            unusable, or `num_classes` contradicts the data.
         RunError: if the set cannot be downloaded or prepared.
     """
     builder = find_builder(cfg)
@@ -85,7 +85,7 @@ def find_builder(cfg: Config):
     """Returns the TFDS builder of `cfg.dataset_name`, without reading data or the network.
 
     Raises:
-        UsageError: if unknown name, config or version, or an unusable `data_dir`.
+        UsageError: if the name, config or version is unknown, or `data_dir` is unusable.
     """
     name = data.tfds_name(cfg.dataset_name)
     data_dir = cfg.data_dir and os.path.expanduser(cfg.data_dir)
@@ -108,7 +108,7 @@ def find_builder(cfg: Config):
             "correct the name."
         ) from error
     except (ImportError, OSError) as error:  # a module that the set's own code needs is missing
-        raise RunError(f"TFDS cannot load the builder of {cfg.dataset_name}: {_one_line(error)}") from error
+        raise RunError(f"TFDS cannot load the builder of {cfg.dataset_name}: {one_line(error)}") from error
 
 
 def image_and_label(info, name):
@@ -140,7 +140,7 @@ def prepare(builder, cfg):
     """Downloads and prepares a set if it is not prepared yet.
 
     Two processes may do this at the same time: TFDS prepares in a folder of its own and
-    renames it, so that the second rename fails. That process then uses the first one's
+    renames it, so the second rename fails. That process then uses the first one's
     data.
 
     Args:
@@ -159,7 +159,7 @@ def prepare(builder, cfg):
     for module, package in data.dataset_row(name).needs:
         if importlib.util.find_spec(module) is None:
             raise RunError(
-                f"preparing {name} needs the module {module}. Received: it is not installed; run pip install {package}"
+                f"preparing {name} needs the module {module}, which is not installed; run pip install {package}"
             )
     _check_reachable(builder, name)
     if not sys.stderr.isatty():
@@ -178,7 +178,7 @@ def prepare(builder, cfg):
         if prepared.is_prepared():
             return prepared
         raise RunError(
-            f"{name} could not be prepared in {builder.data_dir}: {_one_line(error)}; "
+            f"{name} could not be prepared in {builder.data_dir}: {one_line(error)}; "
             "solve that, or choose another --data_dir."
         ) from error
 
@@ -256,8 +256,3 @@ def _read_labels(builder, split, label_key):
 def _version(builder):
     config = f"/{builder.builder_config.name}" if builder.builder_config else ""
     return f"{builder.name}{config}:{builder.version}"
-
-
-def _one_line(error, longest=300):
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= longest else text[:longest] + "..."

@@ -1,8 +1,8 @@
 """The longest prefix of a ranking that trains within a number of bytes.
 
-Longer prefixes need more memory, so that a bisection needs few traces. The prefix that
+Longer prefixes need more memory, so a bisection needs few traces. The prefix that
 it finds fits, and the one with the next layer does not. (The sizes of chunks change an
-estimate by about one percent, so that a longer prefix may fit by chance; the search
+estimate by about one percent, so a longer prefix may fit by chance; the search
 ignores that.)
 """
 

@@ -6,7 +6,7 @@ layer keeps one image's input.
 
 The 8 below belongs to the plot: it multiplies the peak by 8 and counts the outputs of
 8 images, whatever the batch size of a run. The published program instead multiplies by
-the batch size that it is given, so that its figures for another batch are different.
+the batch size that it is given, so its figures for another batch are different.
 """
 
 import math

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
+from core.errors import one_line
 from core.log import log
 from memory.simulator import executor, step_graph
 from memory.simulator.allocator import Allocator
@@ -86,5 +87,5 @@ def bytes_or_none(predict: Callable, model, batch_size: int) -> int | None:
     try:
         return predict(model, batch_shape(model, batch_size)).bytes
     except Exception as error:
-        log.warning("The peak memory cannot be estimated: %s", " ".join(str(error).split()))
+        log.warning("The peak memory cannot be estimated: %s", one_line(error))
         return None

@@ -84,8 +84,8 @@ def measure_peak(
             return pool.submit(_measure, cfg, num_classes, what, trained_weights).result()
     except concurrent.futures.process.BrokenProcessPool as error:
         raise RunError(
-            f"the process that measures {what} must not be killed. Received: it was, probably for lack of "
-            "memory; try a smaller --batch_size or --input_size."
+            f"the process that measures {what} was killed, probably for lack of memory; try a smaller --batch_size or "
+            "--input_size."
         ) from error
 
 

@@ -60,9 +60,8 @@ def measured_peak() -> Iterator[Peak]:
 @functools.cache  # one warning per process and device
 def _warn_of_no_counting(device):
     log.warning(
-        "The peak memory of %s is not measured: its allocator must count. Received: one that does not, as when "
-        "TensorFlow computes before core.environment is imported; import memory_utils before tensorflow, or set "
-        "TF_CPU_ALLOCATOR_USE_BFC=true.",
+        "The peak memory of %s is not measured: its allocator keeps no statistics. Import memory_utils before "
+        "tensorflow, or set TF_CPU_ALLOCATOR_USE_BFC=true.",
         device,
     )
 

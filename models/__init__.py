@@ -83,8 +83,8 @@ def short_name(cfg: Config) -> str:
 
 
 def models_table() -> str:
-    """Returns the names of `MODELS` as text, with candidate layers, least input size and widths."""
-    lines = [f"{'--model_name':<20} {'layers':>6} {'least size':>10}  notes"]
+    """Returns the names of `MODELS` as text, with candidate layers, minimum input size and widths."""
+    lines = [f"{'--model_name':<20} {'layers':>6} {'min size':>10}  notes"]
     for name, row in MODELS.items():
         notes = [f"--model_alpha {', '.join(f'{alpha:g}' for alpha in row.alphas)}"] if row.alphas else []
         if row.size_multiple > 1:
@@ -101,7 +101,7 @@ def default_input_size(model_name: str, of_data: int) -> int:
         of_data: int. Pixels, the data set's default. A network with a greater minimum takes that.
 
     Raises:
-        UsageError: if `model_name` is a file that is no valid model.
+        UsageError: if `model_name` is a file that is not a valid model.
     """
     if keras_file.is_path(model_name):
         return keras_file.check(model_name) or of_data

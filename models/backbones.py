@@ -89,7 +89,7 @@ def network_of(model: keras.Model, head: keras.Layer, backbone: keras.Model):
 def _application_features(row, alpha, preprocessed):
     """Returns a network of keras.applications, a keras.Model, and its features (B, C).
 
-    The preprocessed tensor is its input, so that the layers are added to our graph one by
+    The preprocessed tensor is its input, so the layers are added to our graph one by
     one: `model.layers` lists them all, and any of their outputs can be an output of a
     user's own model.
     """

@@ -1,7 +1,7 @@
 """Which statistics batch normalization uses while a network trains.
 
 Freezing is done on single variables (`variable.trainable`), never on layers: Keras ties
-a layer's `trainable` to the use of its statistics, so that freezing a layer would
+a layer's `trainable` to the use of its statistics, so freezing a layer would
 silently change its mode.
 """
 

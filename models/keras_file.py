@@ -9,7 +9,7 @@ import os
 import zipfile
 from collections.abc import Iterator
 
-from core.errors import UsageError
+from core.errors import UsageError, one_line
 
 EXTENSION = ".keras"
 
@@ -91,9 +91,9 @@ def _read_config(path: str) -> dict:
         if not isinstance(config, dict):
             raise ValueError(f"{ARCHIVE_CONFIG} describes no model")
     except DAMAGED as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        message = f"{rule}. Received: {path}, which is damaged or no such file ({reason}); save it again."
-        raise UsageError(message) from None
+        raise UsageError(
+            f"{rule}. Received: {path}, which is damaged or not a Keras model file ({one_line(error)}); save it again."
+        ) from None
     return config
 
 

@@ -109,7 +109,7 @@ def find_candidates(model: keras.Model, inputs=None) -> list[Candidate]:
     """Returns the model's candidate layers, in the order of the forward pass.
 
     It traces one symbolic pass with an open batch axis, and computes nothing. A layer
-    inside a loop, such as the cell of a recurrent layer, is no candidate.
+    inside a loop, such as the cell of a recurrent layer, is not a candidate.
 
     Args:
         model: keras.Model, built.

@@ -16,7 +16,7 @@ import numpy as np
 
 import models
 from core.config import Config
-from core.errors import UsageError
+from core.errors import UsageError, one_line
 from core.log import log
 from models import backbones
 
@@ -30,8 +30,7 @@ def assemble(cfg: Config, num_classes: int):
     """Returns the models.Network of a model file, as `models.assemble` describes it.
 
     The last classification layer is replaced by our head. With `--keep_head` it stays if
-    it is as wide as the data have classes and gives logits or their softmax, which is
-    taken off.
+    it has one output per class and returns logits or their softmax, which is removed.
 
     Args:
         cfg: Config. Reads model_name, custom_objects, weights, preprocessing, input_size,
@@ -39,7 +38,7 @@ def assemble(cfg: Config, num_classes: int):
         num_classes: int.
 
     Raises:
-        UsageError: if the model cannot be loaded, or its output is no batch of vectors or maps.
+        UsageError: if the model cannot be loaded, or its output is not a batch of vectors or maps.
     """
     whole = load(cfg)
     features, classifier, activations = _split(whole)
@@ -92,11 +91,9 @@ def _why_not_loaded(cfg, error):
             f"--custom_objects must name every custom class of the model. Received: {cfg.model_name}, which needs "
             f"{missing[1]}; add MODULE:{missing[1]}."
         )
-    reason = " ".join(str(error).split())
-    reason = reason if len(reason) <= 300 else reason[:300] + "..."
     return (
         f"--model_name needs a model that Keras loads in safe mode. Received: {cfg.model_name} "
-        f"({type(error).__name__}: {reason}); save it again with this version of Keras."
+        f"({type(error).__name__}: {one_line(error)}); save it again with this version of Keras."
     )
 
 

@@ -41,7 +41,7 @@ def load_preset(preset: str):
     """Returns the pretrained ViTBackbone of a preset's name or folder.
 
     Raises:
-        ValueError: if its hyper-parameters are not ours, so that its weights would
+        ValueError: if its hyper-parameters are not ours, so its weights would
             fit and still compute something else.
     """
     backbone = keras_hub.models.ViTBackbone.from_preset(preset)

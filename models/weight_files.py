@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import h5py
 
-from core.errors import UsageError
+from core.errors import UsageError, one_line
 
 _ARCHIVE_WEIGHTS = "model.weights.h5"
 ARCHIVE_CONFIG = "config.json"
@@ -71,10 +71,9 @@ def open_layers(path: str) -> Iterator[list[StoredLayer]]:
             file = stack.enter_context(h5py.File(source, "r"))
             yield _layers(file, names)
     except DAMAGED as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(
-            f"--weights needs an intact Keras weights file. Received: {path}, which is damaged or no such file "
-            f"({reason}); save or download it again."
+            f"--weights needs an intact Keras weights file. Received: {path}, which is damaged or not such a file "
+            f"({one_line(error)}); save or download it again."
         ) from error
 
 

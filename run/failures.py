@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from core import environment, signals
-from core.errors import RunError, UsageError
+from core.errors import RunError, UsageError, one_line
 from core.log import log
 from core.units import MB
 from run.report import Progress, summary_record
@@ -58,7 +58,7 @@ def explain(error: BaseException, run: Progress) -> str | None:
         return _explain_memory(run)
     if name in ("NotFoundError", "DataLossError"):
         found = re.search(r"(\S+); No such file or directory", str(error))
-        what = f"{found[1]}, which is gone" if found else " ".join(str(error).split())[:200]
+        what = f"{found[1]}, which is gone" if found else one_line(error)
         return (
             f"the data must not change while a run reads them. Received: {what}; restore that, then continue with "
             f"--resume {folder}."

@@ -123,7 +123,7 @@ def recorded(folder: Path) -> dict | None:
         ) from None
     if not isinstance(record, dict):
         raise UsageError(
-            f"a run folder's config.json must hold the flags. Received: {folder}, where it does not; start a new run."
+            f"a run folder's config.json must hold the flags. Received: {folder}, whose file does not; start a new run."
         )
     return record
 

@@ -1,7 +1,7 @@
 """The command line's flags, as argparse sees them.
 
 Choices, defaults and help lines come from the tables of models, data and schemes.
-No framework is imported here, so that --help and a wrong flag answer at once.
+No framework is imported here, so --help and a wrong flag answer at once.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def _add_network(flag):
     flag("custom_objects", "custom classes of PATH.keras; only these are imported", metavar="MODULE:NAME,...")
     flag(
         "keep_head",
-        "keep the classification layer of PATH.keras, without its softmax, if it is as wide as\nthe data have classes "
+        "keep the classification layer of PATH.keras, without its softmax, if it has one output\nper class "
         "(default: a new head replaces it)",
     )
     flag(
@@ -113,7 +113,7 @@ def _add_data(flag):
     flag("num_classes", "checked against the data's own class count", type=_integer(2))
     flag(
         "protocol",
-        "validation: held-out training images choose the epoch, and the test split is read once;\n"
+        "validation: the epoch is chosen on held-out training images, and tested once;\n"
         "paper: the best test epoch is reported, as published\n" + _DEFAULT,
         choices=("validation", "paper"),
     )
@@ -246,7 +246,7 @@ def _add_output(flag):
     )
     flag("save_model", "write model.keras, which plain Keras loads\n" + _DEFAULT)
     flag("save_txt", "write RUN_NAME.txt with hours and accuracy\n" + _DEFAULT)
-    flag("save_litert", "write model.tflite, which LiteRT trains further on a device\n" + _DEFAULT)
+    flag("save_litert", "write model.tflite, which LiteRT continues to train on a device\n" + _DEFAULT)
     flag(
         "litert_momentum",
         "momentum of SGD in model.tflite; 0 leaves out its variables (default: --momentum)",

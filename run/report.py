@@ -120,7 +120,7 @@ def _difference(now, then):
 def selection_files(cfg: Config, first: Selection, reselections: Sequence[tuple[int, Selection]]) -> dict:
     """Returns {name: content} of selection.json and the selection's other files; none before a warm-up has ended.
 
-    selection.json contains no times, so that equal runs give equal bytes.
+    selection.json contains no times, so equal runs give equal bytes.
 
     Args:
         cfg: Config.

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import data
 from core.config import Config
-from core.errors import RunError, UsageError
+from core.errors import RunError, UsageError, one_line
 from core.files import whole_file
 from core.units import MB
 from data import digit_images, splits
@@ -177,13 +177,12 @@ class Model:
 
         rule = "MODEL.tflite must be a complete file that main.py --save_litert wrote"
         if not path.is_file():
-            raise UsageError(f"{rule}. Received: {path}, which is no file; check the path.")
+            raise UsageError(f"{rule}. Received: {path}, which is not a file; check the path.")
         try:
             self._interpreter = Interpreter(str(path), num_threads=threads)
             runners = {name: self._interpreter.get_signature_runner(name) for name in _SIGNATURES}
         except (ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise UsageError(f"{rule}. Received: {path} ({reason}); export it again.") from error
+            raise UsageError(f"{rule}. Received: {path} ({one_line(error)}); export it again.") from error
         self._train, self._infer, self._save, self._restore = runners.values()
         self.batch_size, self.image_size = (
             int(size) for size in self._train.get_input_details()["images"]["shape"][:2]
@@ -194,7 +193,7 @@ class Model:
         """Trains on a batch. Returns the loss and the accuracy from before the step.
 
         Raises:
-            UsageError: if a label is no class, or a shape is another than the file's.
+            UsageError: if a label is not a class, or a shape differs from the file's.
         """
         shape = (self.batch_size, self.image_size, self.image_size, 3)
         if (
@@ -243,7 +242,7 @@ def read_checkpoint(path: Path) -> dict[str, np.ndarray]:
     except (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         raise UsageError(
             f"--restore must be a complete checkpoint of this script. Received: {path}, "
-            f"{'which is damaged or another file' if path.is_file() else 'which is no file'}; give another one."
+            f"{'which is damaged or another file' if path.is_file() else 'which is not a file'}; give another one."
         ) from error
 
 

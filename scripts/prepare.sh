@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fetches every data set and every network's ImageNet weights, for machines that train offline.
-# What is ready is skipped, what is unavailable is said, and the rest goes on; then the exit code is 1.
+# Skips what is ready. Reports what is unavailable and continues; the exit code is then 1.
 # Flags go to main.py, e.g. scripts/prepare.sh --data_dir /scratch/tfds
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 python="$here/../.venv/bin/python"

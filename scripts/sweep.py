@@ -4,8 +4,8 @@
     scripts/sweep.sh --dry_run                          prints the commands, and runs nothing
     scripts/sweep.sh --models mobilenetv2 --datasets digits --weights none --num_epochs 1
 
-Flags that --help does not list go to every run. The run folders tell which runs are
-finished, so that the same command continues a sweep that was stopped, by Ctrl-C or by
+Flags that --help does not list are passed to every run. The run folders tell which runs
+are finished, so the same command continues a sweep that was stopped, by Ctrl-C or by
 SIGKILL: it skips finished runs and resumes interrupted ones. If a run fails,
 LOG_DIR/sweep/RUN.json holds its last line and its log, and the other runs continue.
 Exit code 0: all runs are done; 1: some are not; 2: wrong use.

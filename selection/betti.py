@@ -67,10 +67,10 @@ def predicted_cost(num_points: int, num_clouds: int) -> tuple[float, int]:
 def _ranks(distances):
     """Returns `distances` with each value replaced by its rank among the distinct values.
 
-    The complex changes at the distances in their order, so that their ranks give the
+    The complex changes at the distances in their order, so their ranks give the
     same number of bars. Ranks are small integers, which any engine represents exactly at
     any scale of the cloud. Values that are equal in float32 share a rank: activations
-    are float32, so that a smaller difference is rounding, and ties (an image that is in
+    are float32, so a smaller difference is rounding, and ties (an image that is in
     the batch twice) must stay ties.
     """
     distances = np.asarray(distances, dtype=np.float64)

@@ -23,15 +23,7 @@ from core.config import Config
 from core.errors import RunError, UsageError
 from core.log import log
 from selection.elastic_budget import backward_share, backward_time, most_important
-from selection.elastic_timing import (
-    Timings,
-    cache_folder,
-    gradient_function,
-    seconds_of,
-    tensors,
-    timings,
-    training_pass,
-)
+from selection.elastic_timing import Timings, cache_folder, gradient_function, seconds_of, tensors, timings
 from selection.ranking import Selection, eligible_paths, select_weights
 
 FACTS = ("rho_achieved_predicted", "rho_achieved_measured")
@@ -155,14 +147,16 @@ def _chooser(network, images, labels, cost, cfg, importance, ratios):
         ratios: list of (epochs, predicted ratio, measured ratio), one per selection so
             far. Each selection appends its own.
     """
-    full = training_pass(network, [weight.path for weight in tensors(network)])
+    every = tensors(network)
+    full = gradient_function(network, every)
 
     def choose(epoch):
         worth = importance(network, images, labels, cfg, epoch)
         _check_finite(network, worth)
         worth = worth / (np.abs(worth).max() or 1.0)
         chosen, predicted = affordable(network, worth, cost, cfg)
-        full_s, chosen_s = seconds_of([full, training_pass(network, chosen)], images, labels)
+        part = gradient_function(network, [weight for weight in every if weight.path in chosen])
+        full_s, chosen_s = seconds_of([full, part], images, labels)
         measured = chosen_s / full_s
         ratios.append((min(cfg.interval, cfg.num_epochs - epoch), predicted, measured))
         log.info(

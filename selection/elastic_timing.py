@@ -21,7 +21,7 @@ import os
 import platform
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -129,7 +129,7 @@ def measured(network, batch_size: int, conditions: dict) -> Timings:
     images = tf.random.stateless_uniform((batch_size, *model.inputs[0].shape[1:]), (0, 1), 0, 255)
     labels = tf.zeros(batch_size, tf.int64)
     forward = tf.function(lambda images, labels: model(images, training=False))
-    step = training_pass(network, [weight.path for weight in tensors(network)])
+    step = gradient_function(network, tensors(network))
     forward_s, step_s = seconds_of([forward, step], images, labels)
 
     shapes, by_kind = input_shapes(model, batch_size), {}
@@ -148,17 +148,10 @@ def measured(network, batch_size: int, conditions: dict) -> Timings:
     return _timings(network, "measured", "s", forward_s, backward_s, own, through, conditions)
 
 
-def training_pass(network, weight_paths: Iterable[str]) -> Callable:
-    """Returns a function (images, labels) that computes the gradients of these weights without updating them.
-
-    Its time stands for that of a training step, to which the optimizer adds little.
-    """
-    wanted = set(weight_paths)
-    return gradient_function(network, [weight for weight in network.trainable_weights if weight.path in wanted])
-
-
 def gradient_function(network, weights: list) -> Callable:
     """Returns a traced function (images, labels) -> gradients of the mean loss, one per weight, without dropout.
+
+    Its time stands for that of a training step, to which the optimizer adds little.
 
     Args:
         network: models.Network.

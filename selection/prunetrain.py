@@ -3,8 +3,8 @@
 From the source (Lym et al., SC 2019, and its code):
 
 * A group holds the weights of one output channel or one input channel of a kernel. The
-  inputs of the first layer and the outputs of the head (the classes) are no groups, and
-  neither is anything of a depthwise convolution.
+  inputs of the first layer, the outputs of the head (the classes) and the channels of
+  depthwise convolutions are not grouped.
 * The penalty is the sum of the groups' Euclidean norms, not weighted by their sizes,
   times one coefficient. The coefficient is set once, before the first step, so that
   penalty / (penalty + loss) is 0.2.
@@ -229,7 +229,7 @@ def _facts(network, groups):
     """Counts output channels, those of them that are zero, and the FLOPs per image that the others need.
 
     A layer's FLOPs shrink by its own zero outputs and zero inputs. What a zero channel
-    would save in the next layer is not counted, so that the figure is an upper bound.
+    would save in the next layer is not counted, so the figure is an upper bound.
     """
     from models.channels import forward_flops
 

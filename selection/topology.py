@@ -144,7 +144,7 @@ def _check_clouds(points, num_clouds, origin=""):
     seconds, peak_bytes = predicted_cost(points, num_clouds)
     if seconds > MAX_RIPS_S or peak_bytes > MAX_RIPS_BYTES:
         raise UsageError(
-            f"the Vietoris-Rips part of a selection may take {MAX_RIPS_S} s and {MAX_RIPS_BYTES / MB:.0f} MB. "
+            f"the Vietoris-Rips part of a selection must need at most {MAX_RIPS_S} s and {MAX_RIPS_BYTES / MB:.0f} MB. "
             f"Received: clouds of {points} points, predicted at {seconds:.0f} s and {peak_bytes / MB:.0f} MB; use "
             "smaller or fewer batches (--betti_points, --num_betti_batches)."
         )

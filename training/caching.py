@@ -1,4 +1,4 @@
-"""Which runs may train on cached features. Loads no framework, so that flags are checked at once."""
+"""Which runs may train on cached features. Loads no framework, so flags are checked at once."""
 
 from core.config import Config
 from core.errors import UsageError
@@ -32,7 +32,7 @@ def check(cfg: Config, bn_stats: str | None = None) -> None:
     obstacle = obstacle_to_caching(cfg, bn_stats)
     if is_asked_for and obstacle:
         raise UsageError(
-            f"--cache_features must leave the computation as it is. Received: {cfg.cache_features}, but {obstacle}; "
+            f"--cache_features must not change the computation. Received: {cfg.cache_features}, but {obstacle}; "
             "change that, or use --cache_features off."
         )
 

@@ -8,7 +8,7 @@ the one before it is used.
 
 A checkpoint is a zip archive, not compressed: `record.json`, then one .npy member
 per array. The archive's CRC-32 sums show damage, and the record lists the arrays'
-names, dtypes and shapes. Arrays are written one at a time, so that saving needs
+names, dtypes and shapes. Arrays are written one at a time, so saving needs
 no second copy of the network. Frozen weights are not written: they are as they
 were when the run began.
 """

@@ -21,7 +21,7 @@ import numpy as np
 
 from core.config import Config
 from core.errors import RunError
-from core.files import PARTIAL
+from core.files import PARTIAL, write_whole
 from core.log import log
 from core.units import GB
 
@@ -158,10 +158,7 @@ def _write(target, key, parts, sizes, shapes, dtype):
                     writer.file.flush()
                     os.fsync(writer.file.fileno())
                     sums[Path(writer.file.name).name] = writer.crc
-        with open(temporary / _RECORD, "w") as file:
-            json.dump({"key": key, "crc32": sums}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        write_whole(temporary / _RECORD, json.dumps({"key": key, "crc32": sums}))
         os.rename(temporary, target)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)

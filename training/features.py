@@ -102,7 +102,7 @@ class Features:
         return batches.apply(tf.data.experimental.assert_cardinality(count))
 
 
-def choose(network, data, cfg: Config) -> tuple[str, str]:
+def choose(network, data, cfg: Config) -> tuple[str, str, Cut | None]:
     """Decides where a run caches features.
 
     The decision depends on the flags, the network as it is frozen, the sizes of the
@@ -117,13 +117,8 @@ def choose(network, data, cfg: Config) -> tuple[str, str]:
     Returns:
         where: str. `"off"`, `"memory"` or `"disk"`.
         message: str. One line for the log.
+        cut: models.cut.Cut or None. Where the network is cut; None if nothing is cached.
     """
-    where, message, _ = _decide(network, data, cfg)
-    return where, message
-
-
-def _decide(network, data, cfg):
-    """Returns (where, message) as `choose` does, and the cut, which is None if nothing is cached."""
     if cfg.cache_features == "off":
         return "off", "Features are not cached (--cache_features off).", None
     is_auto = cfg.cache_features == "auto"
@@ -134,7 +129,7 @@ def _decide(network, data, cfg):
         return "off", "Features are not cached: the first layers train, so there is nothing to cache.", None
     num_bytes = total_bytes(cut, data, cfg)
     saved = (1 - cut.step_share) * (1 - (cfg.cached_views or 1) / cfg.num_epochs)
-    size = f"{num_bytes / GB:.2f} GB behind {cut.name}"
+    size = f"{num_bytes / GB:.2f} GB after {cut.name}"
     where = cfg.cache_features
     if is_auto:
         where = "memory" if num_bytes <= MEMORY_SHARE * machine_memory_bytes() else "disk"
@@ -157,7 +152,7 @@ def peak_bytes(network, data, cfg: Config, trained_weights: Collection[str], bat
     """Freezes all but the given weights, and returns the estimated peak of training in bytes.
 
     Where the run would cache features, that is the larger of a pass over the frozen part and
-    of a step behind it.
+    of a step after it.
 
     Args:
         network: models.Network, its mode of batch normalization set.
@@ -168,7 +163,7 @@ def peak_bytes(network, data, cfg: Config, trained_weights: Collection[str], bat
     """
     batch_size = batch_size or data.batch_size
     freeze(network.model, trained_weights)
-    _, _, cut = _decide(network, data, cfg)
+    _, _, cut = choose(network, data, cfg)
     if cut is None:
         return budget.step_bytes(network.model, cfg, batch_size)
     return max(

@@ -30,8 +30,8 @@ def check_what_moved(network, trained_weights: Collection[str], before: dict[str
         may_move |= {w.path for w in network.model.non_trainable_weights} - {w.path for w in network.trainable_weights}
     if moved - may_move:
         raise RunError(
-            f"training must not change frozen weights. Received: changes in {sorted(moved - may_move)[:3]}, a fault of "
-            "this program; please report it."
+            f"training must not change frozen weights. Received: changes in {sorted(moved - may_move)[:3]}. This is a "
+            "bug in this program; please report it."
         )
     still = set(trained_weights) - moved
     if still:

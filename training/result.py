@@ -12,7 +12,7 @@ class Result:
     """The measurements and outcomes of a run. Values that are not known yet are None.
 
     run.report.Progress creates it, train.select adds the cost of the selections, and
-    train.fine_tune the rest while it trains, so that an interrupted run can be reported too.
+    train.fine_tune the rest while it trains, so an interrupted run can be reported too.
 
     Attributes:
         status: str. `"interrupted"` until the run ends, then `"done"`, `"diverged"`

@@ -1,4 +1,4 @@
-"""The epochs of a run, cut where it selects while it trains. Loads no framework, so that flags are checked at once."""
+"""The epochs of a run, cut where it selects while it trains. Loads no framework, so flags are checked at once."""
 
 from dataclasses import dataclass
 

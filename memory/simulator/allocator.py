@@ -1,7 +1,7 @@
 """TensorFlow's best-fit-with-coalescing allocator, for its byte counts.
 
 The measured peak counts chunks, not requests. A free chunk is split only if it is at
-least twice the request (or 128 MiB too large), so that a request may occupy almost twice
+least twice the request (or 128 MiB too large), so a request may occupy almost twice
 its size: an eighth of the peak in a training step of MobileNetV2. The rules are those of
 TensorFlow's bfc_allocator.cc.
 """

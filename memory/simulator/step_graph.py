@@ -2,8 +2,8 @@
 
 The trace has the step's operations with their shapes. TensorFlow then rewrites it: it
 merges operations and removes duplicates, which changes what is kept. The same rewriting
-is applied here. There is no public way to that graph, so that this module uses private
-interfaces of TensorFlow.
+is applied here. TensorFlow has no public interface to that graph, so this module uses
+private ones.
 """
 
 import contextlib

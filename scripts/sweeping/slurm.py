@@ -57,9 +57,7 @@ def run_on_slurm(
     try:
         import submitit  # noqa: F401
     except ImportError:
-        raise UsageError(
-            "--launcher slurm needs submitit. Received: it is not installed; run pip install submitit"
-        ) from None
+        raise UsageError("--launcher slurm needs submitit, which is not installed; run pip install submitit") from None
     jobs = _jobs_of_earlier_sweeps(runs, args.log_dir) if cluster == "slurm" else {}
     try:
         if jobs:
