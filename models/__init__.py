@@ -16,10 +16,10 @@ from core.config import Config
 from core.errors import RunError, UsageError
 from models import keras_file
 from models.freezing import freeze
-from models.table import APPLICATIONS, BACKBONES, MODELS, Backbone, Imagenet
+from models.table import BACKBONES, MODELS
 
 __all__ = [
-    "APPLICATIONS", "BACKBONES", "MODELS", "Backbone", "Imagenet", "Network", "assemble", "build", "check_flags",
+    "BACKBONES", "MODELS", "Network", "assemble", "build", "check_flags",
     "check_input_size", "check_weights", "default_input_size", "files_to_fetch", "freeze", "known_name", "load_weights",
     "models_table", "prepare", "short_name", "wrap",
 ]  # fmt: skip
