@@ -121,12 +121,8 @@ SCHEMES = {
         restore=prunetrain.restore,
         facts=prunetrain.FACTS,
     ),
-    "random_layers": Scheme(
-        "control: rho of the layers, at random by --seed", baselines.at_random, _CONTROL, learning_rate=3e-2
-    ),
-    "last_layers": Scheme(
-        "control: the rho of the layers nearest the output", baselines.nearest_the_output, _CONTROL, learning_rate=3e-2
-    ),
+    "random_layers": Scheme("control: rho of the layers, at random by --seed", baselines.at_random, _CONTROL),
+    "last_layers": Scheme("control: the rho of the layers nearest the output", baselines.nearest_the_output, _CONTROL),
     "smallest_activations": Scheme(
         "control: the rho of the layers with the smallest activations", baselines.smallest_activation, _CONTROL
     ),

@@ -109,12 +109,18 @@ test_strategy.py::test_two_devices_give_the_losses_of_one
 test_weights.py::test_missing_weights_file_is_refused[.-another extension
 test_weights.py::test_missing_weights_file_is_refused[weights.pth
 """.strip().splitlines()
+SLOW_FIXTURES = {"exported", "networks"}  # the whole backbones; an exported network
 
 
 def pytest_collection_modifyitems(config, items):
-    """Marks the tests of LONG `long`, and so `slow`. Where all tests are collected, every line must match one."""
+    """Marks the tests of LONG `long`, and so `slow`. Where all tests are collected, every line must match one.
+
+    Tests that share the networks of SLOW_FIXTURES are `slow`.
+    """
     matched = set()
     for item in items:
+        if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
         name = item.nodeid.rpartition("/")[2]
         if beginnings := [line for line in LONG if name.startswith(line)]:
             matched.update(beginnings)

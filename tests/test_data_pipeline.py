@@ -153,6 +153,7 @@ def test_lengths_are_known(load):
     assert len(loaded.test_batches()) == math.ceil(360 / 32)
 
 
+@pytest.mark.slow
 def test_evaluation_keeps_partial_batches_in_fixed_order(load):
     loaded = load(limit_test=50)
     test = arrays(loaded.test_batches())
@@ -201,6 +202,7 @@ def test_fewer_selection_images_than_requested(load):
     assert [len(y) for _, y in arrays(loaded.selection_batches(64, 4))] == [50]
 
 
+@pytest.mark.slow
 def test_only_training_images_are_augmented(load):
     settings = {"limit_train": 64, "protocol": "paper", "input_size": 16, "batch_size": 64}
     augmented, plain = load(**settings), load(**settings, augment=False)

@@ -66,6 +66,7 @@ def evaluate(path, tmp_path, data_dir, *more):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preprocessing", ["none", "unit"])
 def test_file_is_evaluated_as_plain_keras_predicts(preprocessing, tmp_path, data_dir):
     import data

@@ -150,6 +150,7 @@ def keras_losses(network, paths, cfg, images, labels):
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum, decay, clipnorm", [(0.9, 5e-3, 1.0), (0.0, 0.0, 0.0), (0.5, 0.1, 0.05)])
 def test_training_step_equals_keras(momentum, decay, clipnorm):
     network = tiny_network()

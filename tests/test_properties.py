@@ -62,6 +62,7 @@ def b1(cloud):
 # ---------------------------------------------------------------- Betti numbers
 
 
+@pytest.mark.slow
 @given(grid_clouds(), st.randoms(use_true_random=False))
 def test_permutation_changes_nothing(cloud, random):
     order = list(range(len(cloud)))
@@ -123,6 +124,7 @@ def test_equals_ripser_with_ties(cloud):
     assert b1(cloud) == b1_by_ripser(squared)
 
 
+@pytest.mark.slow
 @given(st.lists(arrays.arrays(np.float64, (7, 7), elements=st.integers(0, 9).map(float)), min_size=1, max_size=4))
 def test_equals_ripser_on_non_metric_matrices(matrices):
     matrices = [np.triu(matrix, 1) + np.triu(matrix, 1).T for matrix in matrices]

@@ -175,7 +175,7 @@ def files_of(folder):
 @pytest.mark.parametrize(
     "argv, says",
     [
-        (["--resume", "{run}", "--learning_rate", "0.5"], "--learning_rate 0.5 (was 0.03)"),
+        (["--resume", "{run}", "--learning_rate", "0.5"], "--learning_rate 0.5 (was 0.01)"),
         (["--resume", "--log_dir", "{logs}", "--run_name", "run", "--seed", "1", "--batch_size", "8"], "--batch_size 8 (was 16), --seed 1"),
         (["--resume", "{run}", "--run_name", "other"], "leave these out"),
         (["--resume", "{logs}/none"], "no such folder"),
