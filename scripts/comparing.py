@@ -10,6 +10,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
+SAME_MEMORY = 0.05  # share by which two peaks may differ and count as the same
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ def at_same_rho(ours, theirs):
 def at_same_memory(ours, theirs):
     """Compares each of our runs with the other scheme's accuracy at the same memory, seed by seed.
 
-    A seed's runs of the other scheme, by memory, are joined by straight lines. Our runs
-    outside them are left out: nothing is extrapolated.
+    A seed's runs of the other scheme, by memory, are joined by straight lines, and its ends
+    are extended by `SAME_MEMORY`. Our runs outside them are left out: nothing is extrapolated.
 
     Args:
         ours, theirs: dict from rho to dict from seed to (memory, accuracy).
@@ -87,9 +88,8 @@ def at_same_memory(ours, theirs):
                 curve.setdefault(runs[seed][0], []).append(runs[seed][1])
         memory = sorted(curve)
         accuracy = [statistics.fmean(curve[m]) for m in memory]
-        inside = [
-            runs[seed] for runs in ours.values() if seed in runs and memory and memory[0] <= runs[seed][0] <= memory[-1]
-        ]
+        low, high = (memory[0] * (1 - SAME_MEMORY), memory[-1] * (1 + SAME_MEMORY)) if memory else (0, 0)
+        inside = [runs[seed] for runs in ours.values() if seed in runs and low <= runs[seed][0] <= high]
         if inside:
             values.append(statistics.fmean(a - np.interp(m, memory, accuracy) for m, a in inside))
             compared += len(inside)

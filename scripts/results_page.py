@@ -10,7 +10,8 @@ from table import METRICS, Cell, Metric, bar
 from core.config import Config
 
 ADABET, SIZE_ONLY, B1_ONLY, HEAD = Config.train_type, "smallest_activations", "betti_train", "traditional_tl_training"
-OPPONENTS = ("random_layers", "last_layers", SIZE_ONLY, "fisher", "elastic_training")
+ELASTIC = "elastic_training"  # its rho is a share of time
+OPPONENTS = ("random_layers", "last_layers", SIZE_ONLY, "fisher", ELASTIC)
 RHO = 0.1  # where one rho stands for all
 QUICK_NAME = "_quick"  # ends the names of small copies: their figures must not pass for a task's
 # What a reader has to know of a task's history.
@@ -99,7 +100,7 @@ def comparisons(task):
     ours, found = task.curve(ADABET), []
     for opponent in (*OPPONENTS, B1_ONLY):
         theirs = task.curve(opponent)
-        for rho, difference in comparing.at_same_rho(ours, theirs).items():
+        for rho, difference in comparing.at_same_rho(ours, {} if opponent == ELASTIC else theirs).items():
             found.append((opponent, "rho" if rho is None else f"rho {rho:g}", difference, None))
         # Every scheme trains the head, which is its point at rho 0.
         difference, count = comparing.at_same_memory(ours, {**theirs, **task.curve(HEAD)}) if theirs else (None, 0)
@@ -141,10 +142,10 @@ def rule():
         "there is none, and the comparison is undecided. AdaBet counts as ahead overall if every comparison is ahead. "
         "At the same rho, a seed's differences are averaged over the common rhos. At the same memory, the opponent's "
         "accuracy is interpolated over the measured peak along rho, with the head alone as rho 0; runs of AdaBet "
-        "outside the opponent's peaks are left out, and the last column counts the others. A comparison without a "
-        "common rho or peak is missing. For elastic_training, rho is a share of time. ± is the sample standard "
-        "deviation over seeds. The test accuracy of a run at chance is one that guessing "
-        "reaches with a probability over 5 % (binomial)."
+        f"more than {100 * comparing.SAME_MEMORY:g} % outside the opponent's peaks are left out, and the last column "
+        f"counts the others. A comparison without a common rho or peak is missing. {ELASTIC} is compared at the same "
+        "memory only: its rho is a share of time. ± is the sample standard deviation over seeds. The test accuracy of "
+        "a run at chance is one that guessing reaches with a probability over 5 % (binomial)."
     ]
 
 
@@ -168,8 +169,10 @@ def choices(task):
     found = {"most accurate": max(task.cells, key=lambda place: task.mean(place, ACCURACY))}
     if (ADABET, RHO) in task.cells:
         memory = task.mean((ADABET, RHO), MEMORY)
-        cheap = [place for place in task.cells if task.mean(place, MEMORY) <= 1.05 * memory]
-        found["most accurate within AdaBet's memory + 5 %"] = max(cheap, key=lambda p: task.mean(p, ACCURACY))
+        cheap = [place for place in task.cells if task.mean(place, MEMORY) <= (1 + comparing.SAME_MEMORY) * memory]
+        found[f"most accurate within AdaBet's memory + {100 * comparing.SAME_MEMORY:g} %"] = max(
+            cheap, key=lambda p: task.mean(p, ACCURACY)
+        )
         found["AdaBet"] = (ADABET, RHO)
     return found
 
