@@ -69,8 +69,9 @@ def at_same_rho(ours, theirs):
 def at_same_memory(ours, theirs):
     """Compares each of our runs with the other scheme's accuracy at the same memory, seed by seed.
 
-    A seed's runs of the other scheme, by memory, are joined by straight lines, and its ends
-    are extended by `SAME_MEMORY`. Our runs outside them are left out: nothing is extrapolated.
+    A seed's runs of the other scheme, by memory, are joined by straight lines. Our runs more
+    than `SAME_MEMORY` outside them are left out, and those at most that far outside are
+    compared with the end: nothing is extrapolated.
 
     Args:
         ours, theirs: dict from rho to dict from seed to (memory, accuracy).
