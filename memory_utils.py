@@ -70,6 +70,7 @@ _FLAGS = [
     "weights",
     "bn_stats",
     "dropout",
+    "head_init",
     "global_clipnorm",
     "weight_decay",
     "seed",

@@ -22,6 +22,7 @@ class Config:
     num_classes: int | None = None  # compared with the data's class count
     bn_stats: str = "auto"  # auto, stored, batch
     dropout: float = 0.2
+    head_init: str = "small"  # small, glorot
     # Data
     dataset_name: str = "digits"
     data_dir: str | None = None

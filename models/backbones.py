@@ -49,6 +49,15 @@ PREPROCESSING = {
     "efficientnet": _efficientnet,
 }
 
+# Of the new head's kernel. The gradients that reach the backbone are proportional to it: with
+# Keras's default, the first steps can undo the pretraining (Kumar et al. 2022, arXiv 2202.10054)
+# and leave a network that answers the same for every image. Zeros, as BiT and ViT have (arXiv
+# 1912.11370, 2010.11929), would give fisher, rgn and ElasticTrainer no gradient to rank by.
+HEAD_INITIALIZERS = {
+    "small": lambda: keras.initializers.RandomNormal(stddev=1e-3),
+    "glorot": keras.initializers.GlorotUniform,
+}
+
 
 def assemble(cfg: Config, num_classes: int):
     """Returns a models.Network without pretrained weights, as `models.assemble` describes it."""
@@ -59,11 +68,11 @@ def assemble(cfg: Config, num_classes: int):
         backbone, features = _application_features(row, cfg.model_alpha, preprocessed)
     else:
         backbone, features = _vit_features(preprocessed)
-    return with_head(models.short_name(cfg), images, backbone, features, num_classes, cfg.dropout)
+    return with_head(models.short_name(cfg), images, backbone, features, num_classes, cfg)
 
 
 def with_head(
-    name: str, images, backbone: keras.Model, features, num_classes: int, dropout: float, dropout_name: str = "dropout"
+    name: str, images, backbone: keras.Model, features, num_classes: int, cfg: Config, dropout_name: str = "dropout"
 ):
     """Returns the models.Network of a backbone under a new head.
 
@@ -73,11 +82,11 @@ def with_head(
         backbone: keras.Model.
         features: KerasTensor of shape (B, C), computed from `images`.
         num_classes: int. Width of the head.
-        dropout: float. Rate before the head.
-        dropout_name: str. Name of that layer.
+        cfg: Config. Reads dropout, the rate before the head, and head_init.
+        dropout_name: str. Name of the dropout layer.
     """
-    features = keras.layers.Dropout(dropout, name=dropout_name)(features)
-    head = keras.layers.Dense(num_classes, name="head")
+    features = keras.layers.Dropout(cfg.dropout, name=dropout_name)(features)
+    head = keras.layers.Dense(num_classes, kernel_initializer=HEAD_INITIALIZERS[cfg.head_init](), name="head")
     return network_of(keras.Model(images, head(features), name=name), head, backbone)
 
 

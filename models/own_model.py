@@ -34,7 +34,7 @@ def assemble(cfg: Config, num_classes: int):
 
     Args:
         cfg: Config. Reads model_name, custom_objects, weights, preprocessing, input_size,
-            dropout and keep_head.
+            dropout, head_init and keep_head.
         num_classes: int.
 
     Raises:
@@ -58,7 +58,7 @@ def assemble(cfg: Config, num_classes: int):
         logits = _logits(classifier, output)
         return backbones.network_of(keras.Model(images, logits, name=name), classifier, backbone)
     return backbones.with_head(
-        name, images, backbone, backbones.pooled(output), num_classes, cfg.dropout, _free_name("dropout", backbone)
+        name, images, backbone, backbones.pooled(output), num_classes, cfg, _free_name("dropout", backbone)
     )
 
 

@@ -98,6 +98,12 @@ def _add_network(flag):
         choices=("auto", "stored", "batch"),
     )
     flag("dropout", "dropout rate before the head\n" + _DEFAULT, type=_real(0, 1))
+    flag(
+        "head_init",
+        "kernel of the new head; small: normal, standard deviation 0.001;\nglorot: uniform (Glorot), as published\n"
+        + _DEFAULT,
+        choices=("small", "glorot"),
+    )
 
 
 def _add_data(flag):
