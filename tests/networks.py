@@ -40,7 +40,8 @@ def tiny_model(batch_norm=True, input_size=16, num_classes=10):
 def backbone_network(model_name, seed=0, bn_stats="stored", input_size=32):
     """A real backbone with random weights."""
     keras.utils.set_random_seed(seed)
-    return models.build(Config(model_name=model_name, weights="none", input_size=input_size, bn_stats=bn_stats), 10)
+    cfg = Config(model_name=model_name, weights="none", input_size=input_size, bn_stats=bn_stats, head_init="glorot")
+    return models.build(cfg, 10)
 
 
 def small_vit_network(seed=0):

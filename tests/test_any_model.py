@@ -75,9 +75,8 @@ def save(tmp_path):
 
 
 def config(path, **settings):
-    return Config(
-        **{"model_name": path, "custom_objects": OBJECTS, "input_size": 16, "preprocessing": "none", **settings}
-    )
+    defaults = {"custom_objects": OBJECTS, "input_size": 16, "preprocessing": "none", "head_init": "glorot"}
+    return Config(**{"model_name": path, **defaults, **settings})
 
 
 def images(count=4, size=16):

@@ -19,7 +19,8 @@ SMALL_VIT = {"num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
 
 
 def build(model_name, num_classes=5, **settings):
-    settings = {"weights": "none", "input_size": 32, **settings}
+    # A kernel near zero would hide differences of the logits.
+    settings = {"weights": "none", "input_size": 32, "head_init": "glorot", **settings}
     return models.build(Config(model_name=model_name, **settings), num_classes)
 
 
@@ -139,6 +140,14 @@ def test_other_sizes_and_class_counts(small_vit):
         network = build(name, num_classes=3, input_size=size, dropout=0.5)
         assert network.model(images(size=size)).shape == (2, 3)
         assert network.model.get_layer("dropout").rate == 0.5
+
+
+@pytest.mark.parametrize("settings, low, high", [({}, 0.8e-3, 1.2e-3), ({"head_init": "glorot"}, 0.03, 0.05)])
+def test_new_head_starts_small(settings, low, high):
+    """So that the first steps do not undo the pretraining; not at zero, where no gradient reaches the backbone."""
+    cfg = Config(model_name="mobilenetv2", weights="none", input_size=32, **settings)
+    kernel = models.build(cfg, 10).head.kernel.numpy()
+    assert low < kernel.std() < high and np.all(models.build(cfg, 10).head.bias.numpy() == 0)
 
 
 def test_vit_reads_the_class_token(networks):

@@ -24,7 +24,7 @@ SMALL_VIT = {"num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
 
 
 def build(path="none", model_name="mobilenetv2", **settings):
-    settings = {"input_size": 32, **settings}
+    settings = {"input_size": 32, "head_init": "glorot", **settings}
     return models.build(Config(model_name=model_name, weights=str(path), **settings), 5)
 
 
