@@ -24,6 +24,8 @@ from core.log import log
 from data import path_name
 from models import keras_file, short_name
 
+# What runs did that are older than a flag, where this is not the flag's default.
+_BEFORE_THE_FLAG = {"head_init": "glorot"}
 # Flags that do not change the results of training.
 _WITHOUT_EFFECT = {
     "log_dir", "run_name", "resume", "checkpoint_minutes", "save_model", "save_txt", "select_only", "list_layers",
@@ -125,7 +127,7 @@ def recorded(folder: Path) -> dict | None:
         raise UsageError(
             f"a run folder's config.json must hold the flags. Received: {folder}, whose file does not; start a new run."
         )
-    return record
+    return record and {**_BEFORE_THE_FLAG, **record}
 
 
 def finished_summary(folder: Path) -> dict | None:
@@ -253,7 +255,7 @@ def differing_flags(cfg: Config, record: dict) -> list[str]:
         cfg: Config.
         record: dict. The content of config.json.
     """
-    plain = asdict(Config())  # a record without the flag is older than it and had its default
+    plain = asdict(Config())  # a record without the flag is older than it, and did what is its default
     had = {field.name: record.get(field.name, plain[field.name]) for field in fields(Config)}
     wanted = decisive(asdict(cfg))
     if wanted["bn_stats"] == "auto":

@@ -145,9 +145,8 @@ def test_other_sizes_and_class_counts(small_vit):
 @pytest.mark.parametrize("settings, low, high", [({}, 0.8e-3, 1.2e-3), ({"head_init": "glorot"}, 0.03, 0.05)])
 def test_new_head_starts_small(settings, low, high):
     """So that the first steps do not undo the pretraining; not at zero, where no gradient reaches the backbone."""
-    cfg = Config(model_name="mobilenetv2", weights="none", input_size=32, **settings)
-    kernel = models.build(cfg, 10).head.kernel.numpy()
-    assert low < kernel.std() < high and np.all(models.build(cfg, 10).head.bias.numpy() == 0)
+    head = models.build(Config(model_name="mobilenetv2", weights="none", input_size=32, **settings), 10).head
+    assert low < head.kernel.numpy().std() < high and np.all(head.bias.numpy() == 0)
 
 
 def test_vit_reads_the_class_token(networks):

@@ -17,9 +17,10 @@ import pytest
 import sweep
 from sweeping import launch
 from sweeping.board import Board, read_failures
-from sweeping.plan import ADABET_AND_BASELINES, make_parser, plan
+from sweeping.plan import ADABET_AND_BASELINES, finished_records, is_finished, make_parser, plan
 
 import selection
+from core.config import Config
 from data import DATASETS
 from models import BACKBONES
 from run import flags
@@ -71,7 +72,7 @@ sys.path.insert(0, {str(ROOT / "scripts")!r})
 import sweep
 from sweeping import launch
 from sweeping.board import Board, read_failures
-from sweeping.plan import ADABET_AND_BASELINES, make_parser, plan
+from sweeping.plan import ADABET_AND_BASELINES, finished_records, is_finished, make_parser, plan
 from pathlib import Path
 here = Path(__file__).parent
 if __name__ == "__main__":
@@ -362,3 +363,14 @@ def test_live_table_counts_by_network_and_data_set(bench):
     assert [cell.strip() for cell in row.strip("│").split("│")] == [
         "mobilenetv2", "digits", "1", "1", "", "1", "full_training seed 1",
     ]  # fmt: skip
+
+
+def test_runs_older_than_head_init_count_as_glorot(tmp_path):
+    """Runs with another start of the head are never taken for those of today's default."""
+    record = {key: value for key, value in vars(Config(bn_stats="stored")).items() if key != "head_init"}
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text(json.dumps(record))
+    (tmp_path / "old" / "summary.json").write_text(json.dumps({"status": "done"}))
+    records = finished_records(tmp_path)
+    assert len(records) == 1
+    assert not is_finished(Config(), records) and is_finished(Config(head_init="glorot"), records)
